@@ -1,0 +1,39 @@
+# Short names for what people and CI run. All of them work on a fresh checkout.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test test-long bench clean
+
+BIN := .venv/bin
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help:
+	@echo "make setup      .venv with pinned packages and the compiled extension"
+	@echo "make demo       train and serve a small model on this machine, weights moved every step"
+	@echo "make check      format, lint, types, spelling, who may import whom"
+	@echo "make test       what CI runs"
+	@echo "make test-long  the same tests with the full counts"
+	@echo "make bench      measure transfers on this machine, one JSON object"
+	@echo "make clean      remove build outputs and caches, keep .venv"
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@$(BIN)/weightsync demo
+
+check: setup
+	@scripts/check
+
+test: setup
+	@$(BIN)/pytest
+
+test-long: export WEIGHTSYNC_TEST_TIER = long
+test-long: setup
+	@$(BIN)/pytest -o faulthandler_timeout=7200
+
+bench: setup
+	@$(BIN)/weightsync bench transfer --json
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f .venv/.weightsync/native

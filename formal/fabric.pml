@@ -1,0 +1,101 @@
+/*
+ * The fabric: reliable, unordered one-sided writes with an immediate. A write in flight lands at any
+ * later time, in any order, perhaps twice; what it carries is read late, so it may be the weights as
+ * they are when it lands. A fence (or the death of the sink process) voids what is in flight to the
+ * old generation: it lands in an orphan. Local completion = no copy of the write is in flight.
+ */
+
+/* Void every write to rank r and every descriptor of its present generation. */
+inline void_generation(r) {
+    for (i : 0 .. NSRC * NVER - 1) { fl[i] = fl[i] & ~RANK_WRITES(r) }
+    for (i : 0 .. NSRC - 1) { binding[i] = binding[i] & ~BIT(r) }
+    zombie_binding = zombie_binding & ~BIT(r);
+    exports = exports & ~BIT(r);
+    i = 0
+}
+
+/* Post all writes of source s for version v through the descriptors in `ranks`. Writes that the
+ * source has not reached yet are writes that land late, so one step loses no behaviour. */
+inline post(s, v, ranks) {
+    for (i : 0 .. NSINK - 1) {
+        if
+        :: (ranks & BIT(i)) && FEEDS(s, i) -> FL(s, v) = FL(s, v) | RANK_WRITES(i)
+        :: else
+        fi
+    }
+    i = 0
+}
+
+/* Memory that waits for the fence of an aborted version is overwritten or refilled after it, and its
+ * rank does not serve from it; landing later is always possible. Not exploring it is sound. */
+#define LANDS(v, r) (log[v] != ABORT || rv[r] != v || GONE(r))
+
+#define CHOOSE(s_, v_, r_, c_) :: (FL(s_, v_) & WRITE_BIT(r_, c_)) && LANDS(v_, r_) -> s = s_; v = v_; r = r_; c = c_
+#if NCH == 2
+#define CHOOSE_CHUNK(s_, v_, r_) CHOOSE(s_, v_, r_, 0) CHOOSE(s_, v_, r_, 1)
+#else
+#define CHOOSE_CHUNK(s_, v_, r_) CHOOSE(s_, v_, r_, 0)
+#endif
+#if NREP == 2
+#define CHOOSE_RANK(s_, v_) CHOOSE_CHUNK(s_, v_, 0) CHOOSE_CHUNK(s_, v_, 1) CHOOSE_CHUNK(s_, v_, 2) CHOOSE_CHUNK(s_, v_, 3)
+#else
+#define CHOOSE_RANK(s_, v_) CHOOSE_CHUNK(s_, v_, 0) CHOOSE_CHUNK(s_, v_, 1)
+#endif
+
+proctype Fabric() {
+    byte s, v, r, c, k, x, i;
+end_fabric:
+    do
+    :: atomic {
+        if
+        CHOOSE_RANK(0, 1)
+        CHOOSE_RANK(1, 1)
+#if NVER > 1
+        CHOOSE_RANK(0, 2)
+        CHOOSE_RANK(1, 2)
+#endif
+        fi;
+        if                                              /* the last copy, or one more is to come */
+        :: FL(s, v) = FL(s, v) & ~WRITE_BIT(r, c)
+        :: dups > 0 -> dups--
+        fi;
+        if
+        :: x = v
+        :: w[s] != v -> x = w[s]
+        fi;
+        if
+        :: corrupt && s == 0 && v == 1 && r == 0 && c == 0 -> x = MIXED
+        :: else
+        fi;
+        k = s * NCH + c;
+        /* I6: what still lands belongs to the version that the target is open for */
+#if defined(NO_FENCE) || defined(EARLY_DONE)
+        CLAIM(I6_FENCED_WRITES_ARE_VOID, !IN_USE(r) || rv[r] == v);
+#else
+        CLAIM(I6_FENCED_WRITES_ARE_VOID, IN_USE(r) && rv[r] == v);
+#endif
+#ifdef INPLACE
+        CLAIM(I11_LIVE_WEIGHTS_UNTOUCHED, !serve[r]);
+#endif
+        if
+        :: stg[r] = (stg[r] & ~(3 << (2 * k))) | (x << (2 * k))
+#if UNSEEN > 0
+        :: hidden_left > 0 && x == v -> hidden_left--; unseen[r] = unseen[r] | BIT(k)
+#endif
+        fi;
+        bits[r * 2 + PARITY(v)] = bits[r * 2 + PARITY(v)] | BIT(k);
+#ifdef DOUBLE_COUNT
+        counts[r * 2 + PARITY(v)] = counts[r * 2 + PARITY(v)] + (1 << (4 * s));
+#endif
+        if
+        :: IN_USE(r) && rv[r] == v -> got[r] = got[r] | BIT(k)
+        :: else
+        fi;
+        s = 0; v = 0; r = 0; c = 0; k = 0; x = 0
+       }
+    :: atomic {                                         /* a frozen source thaws and writes on */
+        zombie_v != 0 ->
+        d_step { post(0, zombie_v, zombie_binding); zombie_v = 0; zombie_binding = 0 }
+       }
+    od
+}

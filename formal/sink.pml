@@ -1,0 +1,187 @@
+/*
+ * A sink rank. Its replica is REP(r); it acts on messages only in the state that they fit.
+ */
+#ifdef DOUBLE_COUNT
+#define COMPLETE(r) (((counts[(r) * 2 + PARITY(rv[r])] & 15) >= NCH) && ((counts[(r) * 2 + PARITY(rv[r])] >> 4) >= NCH))
+#elif defined(DROPPED_TAIL)
+#define COMPLETE(r) ((bits[(r) * 2 + PARITY(rv[r])] | BIT(NSRC * NCH - 1)) == CHUNKS(r))
+#else
+#define COMPLETE(r) (bits[(r) * 2 + PARITY(rv[r])] == CHUNKS(r))
+#endif
+#define WRITES_DONE(v) (done[0] == v && done[1] == v)
+#define DIGESTS_MATCH(r) (rank_digest[r] == source_digest[0] && rank_digest[r] == source_digest[1])
+#ifdef SPARSE
+#define DIGEST_NOW(r) WRITES_DONE(rv[r])                /* fewer orders: digest with the vote */
+#else
+#define DIGEST_NOW(r) true
+#endif
+#define PAUSED(r) (!serve[r])
+
+/* Content after a fence: staged memory is fresh; live bytes stay, and could be anything. */
+#ifdef INPLACE
+#define FRESH(r) CELLS(r)
+#else
+#define FRESH(r) 0
+#endif
+
+inline reset_slots(r) {
+    bits[2 * r] = 0;
+    bits[2 * r + 1] = 0;
+#ifdef DOUBLE_COUNT
+    counts[2 * r] = 0;
+    counts[2 * r + 1] = 0;
+#endif
+    got[r] = 0
+}
+
+/* After it no byte of the old generation's writes changes this rank's memory. */
+inline fence(r) {
+#ifndef NO_FENCE
+    void_generation(r);
+    stg[r] = FRESH(r);
+#endif
+#if UNSEEN > 0
+    unseen[r] = 0;
+#endif
+    rank_digest[r] = 0;
+    reset_slots(r)
+}
+
+inline flush(r) {
+#if UNSEEN > 0
+#ifndef NO_FLUSH
+    for (i : 0 .. NSRC * NCH - 1) {
+        if
+        :: unseen[r] & BIT(i) -> stg[r] = (stg[r] & ~(3 << (2 * i))) | (rv[r] << (2 * i))
+        :: else
+        fi
+    }
+    i = 0;
+    unseen[r] = 0
+#else
+    skip
+#endif
+#else
+    skip
+#endif
+}
+
+proctype Rank(byte r) {
+    byte i;
+end_rank:
+    do
+    :: d_step {                                         /* Arm(v): fill; in place, pause first */
+        armv > rv[r] && (armset & BIT(REP(r))) && CLEAN(r) ->
+        rv[r] = armv;
+        exports = exports | BIT(r);
+#ifdef INPLACE
+        serve[r] = 0; lv[r] = MIXED;                    /* the point of no return */
+#endif
+        st[r] = FILLING
+       }
+    :: d_step {                                         /* every bucket complete: flush, digest */
+        st[r] == FILLING && COMPLETE(r) && DIGEST_NOW(r) ->
+        flush(r);
+        CLAIM(I7_COMPLETE_MEANS_ALL, got[r] == CHUNKS(r));
+#if UNSEEN > 0
+        CLAIM(I7_COMPLETE_MEANS_ALL, unseen[r] == 0);
+#endif
+#ifdef DIGEST_SKIPPED
+        rank_digest[r] = rv[r];
+#else
+        rank_digest[r] = (stg[r] == WHOLE(r, rv[r]) -> rv[r] : MIXED);
+#endif
+        st[r] = DIGESTED
+       }
+    :: d_step {                                         /* Expect(v, digests): vote */
+        st[r] == DIGESTED && WRITES_DONE(rv[r]) ->
+        if
+        :: DIGESTS_MATCH(r) -> st[r] = PREPARED; vote[r] = rv[r]
+        :: else -> st[r] = REFUSED
+        fi;
+        rank_digest[r] = 0
+       }
+#ifdef APPLY_ALONE
+    :: d_step {
+        st[r] == PREPARED && dec[rv[r]] == COMMIT ->
+        lv[r] = rv[r]; st[r] = APPLIED; rdy[r] = rv[r]; apd[r] = rv[r];
+        check_serving(REP(r))
+       }
+#else
+    :: d_step {                                         /* Decide(commit), then refit() is called */
+        st[r] == PREPARED && dec[rv[r]] == COMMIT ->
+        serve[r] = 0; st[r] = READY; rdy[r] = rv[r]
+       }
+#endif
+#ifdef READY_WITHDRAWN
+    :: d_step { st[r] == READY && lv[r] != MIXED -> serve[r] = 1; st[r] = PREPARED; check_serving(REP(r)) }
+#endif
+    :: d_step {                                         /* Apply(v) */
+        st[r] == READY && applyv[REP(r)] == rv[r] ->
+        CLAIM(I9_REPLICA_FLIPS_AS_ONE, RANKS2(REP(r), PAUSED));
+#if SINK_CRASHES > 0 || APPLY_FAILS > 0
+        lv[r] = MIXED; st[r] = APPLYING
+       }
+    :: d_step {
+        st[r] == APPLYING ->
+#endif
+        CLAIM(I8_PREPARED_STAYS_WHOLE, stg[r] == WHOLE(r, rv[r]));
+        lv[r] = rv[r]; st[r] = APPLIED; apd[r] = rv[r]
+       }
+    :: d_step {
+        st[r] == APPLYING && apply_fails > 0 ->
+        apply_fails--; st[r] = FAILED;
+#ifdef TORN_SERVES
+        serve[r] = 1;
+        check_serving(REP(r))
+#endif
+       }
+    :: d_step {                                         /* Activate(v) */
+#ifdef ACTIVATE_BY_NAME
+        /* the planted bug: whoever now carries the rank's name obeys */
+        (st[r] == APPLIED || st[r] == IDLE) && actv[REP(r)] == rv[r] && !serve[r] && rv[r] > 0 ->
+#else
+        st[r] == APPLIED && actv[REP(r)] == rv[r] ->
+#endif
+        serve[r] = 1; st[r] = ACTIVE;
+        reset_slots(r);
+#ifndef INPLACE
+        stg[r] = 0;
+#endif
+        CLAIM(I3_VERSIONS_GROW, rv[r] >= highest[REP(r)]);
+        highest[REP(r)] = rv[r];
+        check_serving(REP(r))
+       }
+    :: d_step {                                         /* Decide(abort): fence before anything else */
+        IN_USE(r) && dec[rv[r]] == ABORT ->
+        fence(r);
+#ifdef INPLACE
+        st[r] = TORN;
+#ifdef INPLACE_RESUMES
+        st[r] = IDLE; serve[r] = 1;
+#endif
+#else
+        st[r] = IDLE;
+#endif
+        check_serving(REP(r))
+       }
+    :: d_step {                                         /* Torn(replica) */
+        st[r] != DEAD && tornv[REP(r)] > 0 && (tornv[REP(r)] > rv[r] || (tornv[REP(r)] == rv[r] && st[r] != TORN)) ->
+        serve[r] = 0; lv[r] = MIXED;                    /* whatever it is, it is not served again */
+        fence(r);
+        rv[r] = tornv[REP(r)];                          /* a late Arm of that version is ignored */
+        st[r] = TORN
+       }
+#if SINK_CRASHES > 0
+    :: d_step {                                         /* faults strike rank 0: the ranks are alike */
+        r == 0 && sink_crashes > 0 && st[r] != DEAD ->
+        sink_crashes--;
+        serve[r] = 0; st[r] = DEAD; stg[r] = 0; lv[r] = 0; rank_digest[r] = 0;
+        void_generation(r);
+        reset_slots(r)
+       }
+    :: d_step { st[r] == DEAD -> st[r] = IDLE; rv[r] = armv }   /* a new process, new generation */
+    :: st[r] == DEAD -> break                                   /* or never again */
+#endif
+    od
+}

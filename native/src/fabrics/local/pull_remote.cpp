@@ -1,0 +1,213 @@
+// The sink's memory is private: batches are announced through a channel and the sink reads them.
+#include <sys/epoll.h>
+
+#include <algorithm>
+#include <array>
+#include <deque>
+
+#include "remote.hpp"
+
+namespace weightsync::local {
+
+namespace {
+
+class PullRemote final : public LocalRemote {
+  public:
+    PullRemote(EngineContext& context, Reactor& reactor, CopyPool& pool, Peer peer,
+               EventFd completion, std::vector<UniqueFd> fds)
+        : LocalRemote(context, reactor, pool, std::move(peer)), completion_(std::move(completion)) {
+        constexpr std::size_t kControlDoorbellChannel = 3;
+        if (fds.size() != kControlDoorbellChannel) {
+            throw Error(Scope::kTransfer, peer_.label + " sent too few descriptors");
+        }
+        const ControlView view = read_control(fds[0].get(), Mode::kPull);
+        if (sealed_bytes(fds[2].get()) < sizeof(Channel)) {
+            throw Error(Scope::kTransfer, peer_.label + " sent a channel that is too short");
+        }
+        doorbell_ = EventFd(std::move(fds[1]));
+        mapping_ = std::make_unique<Mapping>(fds[2].get(), file_bytes(sizeof(Channel)));
+        if (channel().magic != kMagic) {
+            throw Error(Scope::kTransfer, peer_.label + " sent a damaged channel");
+        }
+        std::vector<Range> ranges;
+        for (const ControlRange& range : view.ranges) {
+            ranges.push_back({range.arena_offset, range.nbytes, 0});
+        }
+        info_->peer = peer_.label;
+        info_->generation = view.generation;
+        info_->chunk_bits = view.slots->chunk_bits();
+        info_->ranges = RangeTable(std::move(ranges));
+    }
+
+    ~PullRemote() override {
+        unwatch();
+        reactor_.unwatch(completion_watch_);
+    }
+
+    void start() override {
+        LocalRemote::start();
+        completion_watch_ = reactor_.watch(completion_.get(), EPOLLIN, [weak = weak_from_this()] {
+            if (const auto self = std::static_pointer_cast<PullRemote>(weak.lock())) {
+                self->completion_.drain();
+                self->reap();
+            }
+        });
+    }
+
+    void post(std::shared_ptr<Operation> operation) override {
+        std::optional<Error> error = peer_error();
+        if (!error) {
+            const std::lock_guard lock(mutex_);
+            if (!is_closed_) {
+                waiting_.push_back(std::move(operation));
+                feed();
+                return;
+            }
+            error = closed_error();
+        }
+        operation->finish(std::move(error));
+    }
+
+    void notify(std::span<const std::int32_t> /*immediates*/) override {
+        throw Error(Scope::kConfig, "nothing of " + info_->peer + " is mapped here");
+    }
+
+    void close() noexcept override {
+        unwatch();
+        reactor_.unwatch(completion_watch_);
+        // A stopped sink may read our memory much later; it will find that nothing of it counts.
+        channel().is_withdrawn.store(1, std::memory_order_seq_cst);
+        peer_.socket.reset();
+        fail_all(closed_error());
+    }
+
+  private:
+    [[nodiscard]] Channel& channel() const noexcept {
+        return *reinterpret_cast<Channel*>(mapping_->data());
+    }
+    [[nodiscard]] bool is_closed_by_peer() const noexcept override {
+        return channel().is_closed.load(std::memory_order_seq_cst) != 0;
+    }
+    [[nodiscard]] Error closed_error() const {
+        return Error(
+            Scope::kTransfer,
+            "the remote to " + info_->peer + " was closed while an operation was in flight",
+            Facts{{"peer", info_->peer}});
+    }
+
+    // Moves waiting operations into free entries of the channel. With mutex_ held.
+    void feed() {
+        bool has_posted = false;
+        while (!waiting_.empty()) {
+            const std::size_t at = next_entry_ % Channel::kCapacity;
+            if (in_flight_[at]) {
+                break;
+            }
+            ChannelEntry& entry = channel().entries[at];
+            in_flight_[at] = std::move(waiting_.front());
+            waiting_.pop_front();
+            entry.table_address = reinterpret_cast<std::uint64_t>(in_flight_[at]->rows().data());
+            entry.num_rows = in_flight_[at]->rows().size();
+            entry.state.store(ChannelEntry::kPosted, std::memory_order_release);
+            ++next_entry_;
+            has_posted = true;
+        }
+        if (has_posted) {
+            doorbell_.signal();
+        }
+    }
+
+    // Finishes what the sink has completed. On the reactor's thread.
+    void reap() {
+        std::vector<std::pair<std::shared_ptr<Operation>, std::optional<Error>>> finished;
+        {
+            const std::lock_guard lock(mutex_);
+            for (std::size_t i = 0; i < in_flight_.size(); ++i) {
+                ChannelEntry& entry = channel().entries[i];
+                if (!in_flight_[i] ||
+                    entry.state.load(std::memory_order_acquire) != ChannelEntry::kDone) {
+                    continue;
+                }
+                finished.emplace_back(std::move(in_flight_[i]), error_of(entry));
+                in_flight_[i] = nullptr;
+                entry.state.store(ChannelEntry::kFree, std::memory_order_relaxed);
+            }
+            feed();
+        }
+        for (auto& [operation, error] : finished) {
+            operation->finish(std::move(error));
+        }
+    }
+
+    [[nodiscard]] std::optional<Error> error_of(const ChannelEntry& entry) const {
+        if (entry.scope < 0) {
+            return std::nullopt;
+        }
+        const auto scope =
+            entry.scope < kNumScopes ? static_cast<Scope>(entry.scope) : Scope::kTransfer;
+        Facts facts{{"peer", info_->peer},
+                    {"row", std::int64_t{entry.row}},
+                    {"errno", std::int64_t{entry.error}}};
+        std::string detail = info_->peer;
+        if (scope == Scope::kFenced) {
+            detail += " fenced or closed its target of generation " +
+                      std::to_string(info_->generation) + "; connect to its next one";
+        } else if (scope == Scope::kConfig) {
+            detail += " refused the batch: write " + std::to_string(entry.row) +
+                      " leaves its exported ranges; nothing was written";
+        } else {
+            detail += " could not read write " + std::to_string(entry.row) +
+                      " from this process: " + errno_text(entry.error) +
+                      "; is the memory still mapped, and is ptrace allowed (seccomp, "
+                      "CAP_SYS_PTRACE, /proc/sys/kernel/yama/ptrace_scope)?";
+        }
+        return Error(scope, std::move(detail), std::move(facts));
+    }
+
+    void fail_all(const Error& error) noexcept {
+        std::vector<std::shared_ptr<Operation>> failed;
+        {
+            const std::lock_guard lock(mutex_);
+            is_closed_ = true;
+            for (auto& operation : in_flight_) {
+                if (operation) {
+                    failed.push_back(std::move(operation));
+                    operation = nullptr;
+                }
+            }
+            std::ranges::move(waiting_, std::back_inserter(failed));
+            waiting_.clear();
+        }
+        for (const auto& operation : failed) {
+            operation->finish(error);
+        }
+    }
+
+    void on_peer_gone() override {
+        reap();  // what was completed before is complete
+        if (const std::optional<Error> error = peer_error()) {
+            fail_all(*error);
+        }
+    }
+
+    EventFd completion_;
+    EventFd doorbell_{UniqueFd()};
+    std::unique_ptr<Mapping> mapping_;
+    std::uint64_t completion_watch_ = 0;
+    std::mutex mutex_;
+    bool is_closed_ = false;
+    std::uint64_t next_entry_ = 0;
+    std::array<std::shared_ptr<Operation>, Channel::kCapacity> in_flight_;
+    std::deque<std::shared_ptr<Operation>> waiting_;
+};
+
+}  // namespace
+
+std::shared_ptr<LocalRemote> make_pull_remote(EngineContext& context, Reactor& reactor,
+                                              CopyPool& pool, Peer peer, EventFd completion,
+                                              std::vector<UniqueFd> fds) {
+    return std::make_shared<PullRemote>(context, reactor, pool, std::move(peer),
+                                        std::move(completion), std::move(fds));
+}
+
+}  // namespace weightsync::local

@@ -1,0 +1,31 @@
+"""Layouts of known models in known trainers and engines: the only place that knows model names.
+
+`rules.<engine or trainer>(config, **degrees)` gives a layout; its `manifest(rank)` needs no torch.
+"""
+
+from __future__ import annotations
+
+from weightsync.planners.rules.canonical import canonical_tensors
+from weightsync.planners.rules.config import SUPPORTED_MODELS, ConfigLike, ModelConfig, model_config
+from weightsync.planners.rules.fsdp2 import Fsdp2Layout, fsdp2
+from weightsync.planners.rules.hf import HfLayout, hf
+from weightsync.planners.rules.layout import RuleLayout
+from weightsync.planners.rules.transformers import transformers_aliases, transformers_parameters
+from weightsync.planners.rules.vllm import VllmLayout, vllm
+
+__all__ = [
+    "SUPPORTED_MODELS",
+    "ConfigLike",
+    "Fsdp2Layout",
+    "HfLayout",
+    "ModelConfig",
+    "RuleLayout",
+    "VllmLayout",
+    "canonical_tensors",
+    "fsdp2",
+    "hf",
+    "model_config",
+    "transformers_aliases",
+    "transformers_parameters",
+    "vllm",
+]

@@ -1,0 +1,268 @@
+"""Parts: where boxes of canonical tensors lie inside a parameter.
+
+A layout is a chain of affine maps: canonical tensor -> parameter -> shard of the parameter ->
+memory. A `Part` is the first link. Cutting it by a shard's box gives a `Part` again, relative to
+the shard, and strides take it to memory; so one small algebra serves every trainer and engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from weightsync.ir.builder import ManifestBuilder
+from weightsync.ir.dtypes import Dtype
+
+__all__ = [
+    "Parameter",
+    "Part",
+    "columns",
+    "dense_strides",
+    "rows",
+    "stacked",
+    "whole",
+    "write",
+]
+
+Index = tuple[int, ...]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of one canonical tensor inside the index space of a parameter.
+
+    Element `lo + step * i` of the tensor is the parameter's element `at`, moved by `jump[k] * i[k]`
+    along dimension `axes[k]` for every dimension k of the tensor.
+
+    Args:
+        tensor: Canonical name.
+        lo: First element of the box, in the tensor.
+        n: Elements of the box along each dimension of the tensor.
+        step: Distance of two neighbours of the box, in the tensor.
+        at: First element of the box, in the parameter; as many numbers as the parameter has dims.
+        axes: The parameter's dimension that each dimension of the tensor runs along; all different.
+        jump: Distance of two neighbours of the box, in the parameter.
+    """
+
+    tensor: str
+    lo: Index
+    n: Index
+    step: Index
+    at: Index
+    axes: Index
+    jump: Index
+    end_row: int = field(init=False, repr=False, compare=False)
+    """First row of the parameter below the part; most shards are told apart by this alone."""
+
+    def __post_init__(self) -> None:
+        end_row = self.at[0] + 1
+        if 0 in self.axes:
+            k = self.axes.index(0)
+            end_row += (self.n[k] - 1) * self.jump[k]
+        object.__setattr__(self, "end_row", end_row)
+
+    def cut(self, lo: Index, n: Index) -> Part | None:
+        """Cuts the part by a box of the parameter.
+
+        Args:
+            lo: First element of the box.
+            n: Elements of the box along each dimension.
+
+        Returns:
+            What of the part lies in the box, seen from the box (its corner is the origin); None if
+            nothing does.
+        """
+        axis_of = dict(zip(self.axes, range(len(self.axes)), strict=True))
+        new_lo, new_n = list(self.lo), list(self.n)
+        at: list[int] = []
+        for dim, (start, low, size) in enumerate(zip(self.at, lo, n, strict=True)):
+            k = axis_of.get(dim)
+            if k is None:
+                if not low <= start < low + size:
+                    return None
+                at.append(start - low)
+                continue
+            # i with low <= start + jump * i < low + size, and 0 <= i < n
+            jump = self.jump[k]
+            first = max(0, -((start - low) // jump))
+            stop = min(self.n[k], -((start - low - size) // jump))
+            if first >= stop:
+                return None
+            new_lo[k] += self.step[k] * first
+            new_n[k] = stop - first
+            at.append(start - low + jump * first)
+        return Part(
+            self.tensor, tuple(new_lo), tuple(new_n), self.step, tuple(at), self.axes, self.jump
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter, or one rank's shard of it, as parts of canonical tensors.
+
+    Args:
+        name: Name of the buffer, as the framework spells it.
+        shape: Its shape; 1 to 4 dimensions.
+        parts: What it holds; disjoint.
+        zeros: Boxes (first element, size) that hold zeros: padding that no checkpoint stores.
+    """
+
+    name: str
+    shape: Shape
+    parts: tuple[Part, ...]
+    zeros: tuple[tuple[Index, Index], ...] = ()
+
+    def shard(self, lo: Index, n: Index) -> Parameter:
+        """Cuts the box that one rank holds out of an unpadded parameter.
+
+        Args:
+            lo: First element of the box.
+            n: Elements of the box along each dimension; may be zero.
+
+        Returns:
+            The shard, with the shape of the box.
+        """
+        first, end = lo[0], lo[0] + n[0]
+        near = [part for part in self.parts if part.at[0] < end and part.end_row > first]
+        cuts = [part.cut(lo, n) for part in near]
+        return Parameter(self.name, n, tuple(cut for cut in cuts if cut is not None))
+
+
+def whole(name: str, tensor: str, shape: Shape) -> Parameter:
+    """Makes a parameter that is one canonical tensor, unchanged.
+
+    Args:
+        name: Name of the parameter.
+        tensor: Canonical name.
+        shape: Shape of both.
+
+    Returns:
+        The parameter.
+    """
+    return Parameter(name, shape, (rows(tensor, shape, 0, shape[0]),))
+
+
+def rows(tensor: str, shape: Shape, start: int, count: int, at: Index | None = None) -> Part:
+    """Makes a part of rows `start ... start + count - 1` of a tensor.
+
+    Args:
+        tensor: Canonical name.
+        shape: Shape of the tensor.
+        start: First row.
+        count: Number of rows.
+        at: Where the first row goes in the parameter; its last dims are the tensor's. None: to the
+            origin of a parameter with as many dims as the tensor.
+
+    Returns:
+        The part.
+    """
+    return _box(tensor, (start, *(0,) * (len(shape) - 1)), (count, *shape[1:]), at)
+
+
+def columns(tensor: str, shape: Shape, start: int, count: int, at: Index | None = None) -> Part:
+    """Makes a part of columns `start ... start + count - 1` of a matrix; see `rows`.
+
+    Args:
+        tensor: Canonical name.
+        shape: Shape of the matrix.
+        start: First column.
+        count: Number of columns.
+        at: Where the first column goes in the parameter.
+
+    Returns:
+        The part.
+    """
+    return _box(tensor, (0, start), (shape[0], count), at)
+
+
+def _box(tensor: str, lo: Index, n: Index, at: Index | None) -> Part:
+    dims = len(n)
+    at = (0,) * dims if at is None else at
+    axes = tuple(range(len(at) - dims, len(at)))
+    return Part(tensor, lo, n, (1,) * dims, at, axes, (1,) * dims)
+
+
+def stacked(name: str, parts: Sequence[Part]) -> Parameter:
+    """Stacks parts of equal width on top of each other, as engines fuse projections.
+
+    Args:
+        name: Name of the fused parameter.
+        parts: The parts, top first, each with as many dims as the parameter.
+
+    Returns:
+        The parameter; its rows are the sum of the parts' rows.
+    """
+    moved: list[Part] = []
+    row = 0
+    for part in parts:
+        moved.append(
+            Part(
+                part.tensor,
+                part.lo,
+                part.n,
+                part.step,
+                (row, *part.at[1:]),
+                part.axes,
+                part.jump,
+            )
+        )
+        row += part.n[0]
+    return Parameter(name, (row, *parts[0].n[1:]), tuple(moved))
+
+
+def dense_strides(shape: Shape) -> Index:
+    """Gives the row-major strides of a shape, in elements.
+
+    Args:
+        shape: The shape.
+
+    Returns:
+        One stride a dimension.
+    """
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def write(
+    builder: ManifestBuilder,
+    parameters: Iterable[Parameter],
+    shapes: Mapping[str, Shape],
+    dtype: Dtype,
+    strides: Index | None = None,
+) -> None:
+    """Writes parameters into a manifest: a buffer each, and a piece for every part.
+
+    An empty shard leaves no trace.
+
+    Args:
+        builder: The manifest in the making.
+        parameters: What this rank holds.
+        shapes: Shapes of the canonical tensors by name.
+        dtype: Type of the elements in memory.
+        strides: Strides of the memory in elements; None: dense, row-major.
+    """
+    for parameter in parameters:
+        if 0 in parameter.shape:
+            continue
+        stride = dense_strides(parameter.shape) if strides is None else strides
+        # The buffer starts at the first element and ends with the last one, whatever lies between.
+        numel = 1 + sum((n - 1) * s for n, s in zip(parameter.shape, stride, strict=True))
+        builder.buffer(parameter.name, dtype, numel)
+        for part in parameter.parts:
+            builder.tensor(part.tensor, shapes[part.tensor])
+            builder.piece(
+                part.tensor,
+                parameter.name,
+                lo=part.lo,
+                n=part.n,
+                step=part.step,
+                offset=_offset(part.at, stride),
+                stride=tuple(j * stride[a] for j, a in zip(part.jump, part.axes, strict=True)),
+            )
+        for lo, n in parameter.zeros:
+            builder.constant(parameter.name, offset=_offset(lo, stride), n=n, stride=stride, fill=0)
+
+
+def _offset(at: Index, stride: Index) -> int:
+    return sum(a * s for a, s in zip(at, stride, strict=True))

@@ -1,0 +1,70 @@
+"""Parameters of transformers 5 modules: those of the checkpoint, but with fused experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
+from weightsync.planners.rules.canonical import EMBEDDING, LM_HEAD, canonical_tensors
+from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
+from weightsync.planners.rules.parts import Parameter, Part, rows, whole
+
+__all__ = ["transformers_aliases", "transformers_parameters"]
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def transformers_parameters(config: ConfigLike) -> Mapping[str, Parameter]:
+    """Describes the parameters of a transformers 5 module, whole.
+
+    The experts of a layer are two parameters: `mlp.experts.gate_up_proj` [E, 2I, H], gate above up,
+    and `mlp.experts.down_proj` [E, H, I]. All others are canonical tensors.
+
+    Args:
+        config: The model.
+
+    Returns:
+        Parameters by name, in the order of the checkpoint; each once, tied weights included.
+
+    Raises:
+        ConfigError: `config` describes no supported model.
+    """
+    return _parameters(model_config(config))
+
+
+def transformers_aliases(config: ConfigLike) -> dict[str, str]:
+    """Names parameters that are another parameter's memory.
+
+    Args:
+        config: The model.
+
+    Returns:
+        The name that `transformers_parameters` uses, by alias.
+
+    Raises:
+        ConfigError: `config` describes no supported model.
+    """
+    return {LM_HEAD: EMBEDDING} if model_config(config).tie_word_embeddings else {}
+
+
+@lru_cache(maxsize=8)
+def _parameters(config: ModelConfig) -> Mapping[str, Parameter]:
+    experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+    found: dict[str, Parameter] = {}
+    fused: dict[str, list[Part]] = {}
+    for name, shape in canonical_tensors(config).items():
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            found[name] = whole(name, name, shape)
+            continue
+        prefix, expert, which = match.groups()
+        fused_name = f"{prefix}.down_proj" if which == "down" else f"{prefix}.gate_up_proj"
+        at = (int(expert), width if which == "up" else 0, 0)
+        fused.setdefault(fused_name, []).append(rows(name, shape, 0, shape[0], at))
+    for name, parts in fused.items():
+        is_down = name.endswith("down_proj")
+        shape = (experts, hidden, width) if is_down else (experts, 2 * width, hidden)
+        found[name] = Parameter(name, shape, tuple(parts))
+    return MappingProxyType(found)

@@ -1,0 +1,135 @@
+"""Stamp the regions of each class out to its tensors and give every copy its buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsync.errors import PlanBudgetError
+from weightsync.ir.manifest import Manifest
+from weightsync.ir.tables import MAX_DIMS, IntArray, expand
+from weightsync.planners.choose import Election
+from weightsync.planners.classes import TensorClasses
+from weightsync.planners.copies import CopyTable
+from weightsync.planners.intersect import Boxes, Regions
+
+__all__ = ["Stamped", "stamp"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stamped:
+    """All copies of a plan as three numbers each, sorted by source rank.
+
+    Attributes:
+        tensor: Index into `TensorClasses.tensor`, `(R,)`.
+        region: Row of `lo`, `n`, `step`, `dst_piece`, `(R,)`.
+        member: Sender: index into `Boxes.member_*`, `(R,)`.
+        src_rank: Its rank, ascending, `(R,)`.
+        lo, n, step: Boxes of the regions, then of the parts of split ones, `(Q', 4)`.
+        dst_piece: Sink piece (of the representative) of each, `(Q',)`.
+    """
+
+    tensor: IntArray
+    region: IntArray
+    member: IntArray
+    src_rank: IntArray
+    lo: IntArray
+    n: IntArray
+    step: IntArray
+    dst_piece: IntArray
+
+    def copies(
+        self,
+        rows: slice,
+        classes: TensorClasses,
+        boxes: Boxes,
+        source: Manifest,
+        sink: Manifest,
+    ) -> CopyTable:
+        """Materialise a range of copies: buffers, offsets and strides on both sides."""
+        tensor, region, member = self.tensor[rows], self.region[rows], self.member[rows]
+        model = classes.first[classes.of[tensor]]
+        lo, n, step = self.lo[region], self.n[region], self.step[region]
+        many = n > 1
+        columns: dict[str, NDArray[Any]] = {}
+        for side, manifest, like, start in (
+            ("src", source, boxes.member_piece[member], classes.src_start),
+            ("dst", sink, self.dst_piece[region], classes.dst_start),
+        ):
+            pieces = manifest.pieces
+            piece = like + (start[tensor] - start[model])  # same position in the tensor's own list
+            stride, piece_step = pieces.stride[piece], pieces.step[piece]
+            index = (lo - pieces.lo[piece]) // piece_step
+            columns[f"{side}_buffer"] = pieces.buffer[piece]
+            offset = pieces.offset[piece]
+            for dim in range(MAX_DIMS):
+                offset += index[:, dim] * stride[:, dim]
+            columns[f"{side}_offset"] = offset
+            columns[f"{side}_stride"] = stride * (step // piece_step) * many
+        return CopyTable(tensor=classes.tensor[tensor].astype(np.int32), n=n, **columns)
+
+
+def stamp(
+    classes: TensorClasses, boxes: Boxes, regions: Regions, election: Election, max_rows: int
+) -> Stamped:
+    """Lay out the regions of all tensors with their elected senders, sorted by source rank.
+
+    Raises:
+        PlanBudgetError: More regions than `max_rows`.
+    """
+    counts = np.diff(regions.class_start)[classes.of]
+    if (total := int(counts.sum())) > max_rows:
+        raise PlanBudgetError(
+            f"the sides overlap in {total} regions, more than max_rows ({max_rows}); raise it, or "
+            "shard both sides more alike",
+            rows=total,
+            budget=max_rows,
+        )
+    tensor, region = expand(counts)
+    region += regions.class_start[classes.of[tensor]]
+    item = election.item_start[tensor] - boxes.class_start[classes.of[tensor]] + regions.box[region]
+    member = election.member[item]
+    lo, n, step = regions.lo, regions.n, regions.step
+    piece = regions.piece
+    split = np.flatnonzero(member < 0)
+    if len(split):
+        first = np.searchsorted(election.part_item, item[split])
+        count = np.searchsorted(election.part_item, item[split], side="right") - first
+        owner, local = expand(count)
+        part, whole = first[owner] + local, split[owner]
+        part_lo, part_n, keep = _clip(boxes, regions, region[whole], election, part)
+        part, whole = part[keep], whole[keep]
+        kept = np.flatnonzero(member >= 0)
+        added = len(piece) + np.arange(len(whole))
+        lo, n = np.concatenate([lo, part_lo[keep]]), np.concatenate([n, part_n[keep]])
+        step = np.concatenate([step, np.where(part_n[keep] > 1, step[region[whole]], 1)])
+        piece = np.concatenate([piece, piece[region[whole]]])
+        tensor = np.concatenate([tensor[kept], tensor[whole]])
+        region = np.concatenate([region[kept], added])
+        member = np.concatenate([member[kept], election.part_member[part]])
+    rank = boxes.member_rank[member]
+    small = rank.astype(np.uint16) if int(rank.max(initial=0)) < 1 << 16 else rank
+    order = np.argsort(small, kind="stable")  # a radix sort for 16 bits
+    return Stamped(tensor[order], region[order], member[order], rank[order], lo, n, step, piece)
+
+
+def _clip(
+    boxes: Boxes, regions: Regions, region: IntArray, election: Election, part: IntArray
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Clip regions to parts of their boxes: `(lo, n)` of what remains and which rows are left."""
+    dim = election.part_dim[part]
+    rows = np.arange(len(region))
+    box = regions.box[region]
+    lo, n = regions.lo[region], regions.n[region]
+    step = regions.step[region, dim]
+    # Index ranges of the box along its dim, as canonical coordinates, then as region indices.
+    begin = boxes.lo[box, dim] + boxes.step[box, dim] * election.part_lo[part]
+    end = boxes.lo[box, dim] + boxes.step[box, dim] * election.part_hi[part]
+    first = np.clip(-((lo[rows, dim] - begin) // step), 0, n[rows, dim])
+    last = np.clip(-((lo[rows, dim] - end) // step), 0, n[rows, dim])
+    lo[rows, dim] += first * step
+    n[rows, dim] = last - first
+    return lo, n, np.flatnonzero(last > first)

@@ -1,0 +1,319 @@
+"""Job, Source and Sink together: real gRPC, real engine, threads instead of processes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.toy import SHAPES, ToySinkLayout, ToySourceLayout, expected_sink, toy_shard, toy_sink
+from weightsync import errors
+from weightsync.client import Job, Sink, Source
+
+SOURCES = 2
+TIMEOUT_S = 20.0
+
+
+class Fleet:
+    """Two sources and replicas of two sinks each, all in this process."""
+
+    def __init__(
+        self, job: Job, *, mode: str = "staged", replicas: str = "a", **source: Any
+    ) -> None:
+        self.job = job
+        self.stack = ExitStack()
+        self.pool = self.stack.enter_context(ThreadPoolExecutor(16))
+        self.values = {n: torch.zeros(s) for n, s in SHAPES.items()}
+        self.shards = [toy_shard(self.values, rank, SOURCES) for rank in range(SOURCES)]
+        self.sources = [
+            self.stack.enter_context(
+                Source(
+                    self.shards[rank], layout=ToySourceLayout(SOURCES), rank=rank,
+                    world_size=SOURCES, job=job, timeout_s=TIMEOUT_S, **source,
+                )
+            )
+            for rank in range(SOURCES)
+        ]  # fmt: skip
+        self.live = {(r, rank): toy_sink(2) for r in replicas for rank in range(2)}
+        self.sinks = {
+            key: self.stack.enter_context(
+                Sink(
+                    live, layout=ToySinkLayout(2), replica=key[0], rank=key[1], world_size=2,
+                    job=job, mode=mode, timeout_s=TIMEOUT_S,  # type: ignore[arg-type]
+                )
+            )
+            for key, live in self.live.items()
+        }  # fmt: skip
+
+    def train(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, value in self.values.items():
+            value.copy_(torch.randn(value.shape, generator=generator))
+        for rank, shard in enumerate(self.shards):
+            for name, value in toy_shard(self.values, rank, SOURCES).items():
+                shard[name].copy_(value)
+
+    def publish(self, **kwargs: Any) -> list[Any]:
+        return [f.result(TIMEOUT_S + 5) for f in self.start_publish(**kwargs)]
+
+    def start_publish(self, **kwargs: Any) -> list[Any]:
+        return [self.pool.submit(source.publish, **kwargs) for source in self.sources]
+
+    def start_refit(self, **kwargs: Any) -> list[Any]:
+        return [self.pool.submit(sink.refit, **kwargs) for sink in self.sinks.values()]
+
+    def refit(self, **kwargs: Any) -> list[int]:
+        return [f.result(TIMEOUT_S + 5) for f in self.start_refit(**kwargs)]
+
+    def check(self) -> None:
+        for (_, rank), live in self.live.items():
+            for name, value in expected_sink(self.values, rank, 2).items():
+                assert torch.equal(live[name].view(torch.int16), value.view(torch.int16)), name
+
+
+@pytest.fixture
+def job() -> Iterator[Job]:
+    with Job.start() as started:
+        yield started
+
+
+def _failures(futures: list[Any]) -> list[BaseException]:
+    return [e for f in futures if (e := f.exception(TIMEOUT_S + 5)) is not None]
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_versions_arrive_cast_and_sharded(job: Job, mode: str) -> None:
+    fleet = Fleet(job, mode=mode, replicas="ab")
+    with fleet.stack:
+        for step in range(1, 5):
+            fleet.train(step)
+            waiting = fleet.start_refit()
+            reports = fleet.publish(tag=f"step {step}", until="adopted")
+            assert [f.result(5) for f in waiting] == [step] * 4
+            assert {r.version for r in reports} == {step}
+            assert {r.tag for r in reports} == {f"step {step}"}
+            fleet.check()
+        assert {s.version for s in fleet.sinks.values()} == {4}
+        status = job.status()
+        assert status["replicas"]["a"]["serving"]
+        assert status["committed_version"] == 4
+
+
+def test_staged_weights_change_in_refit_only(job: Job) -> None:
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.train(1)
+        fleet.publish()
+        before = {k: {n: t.clone() for n, t in live.items()} for k, live in fleet.live.items()}
+        assert all(
+            torch.equal(t, before[k][n]) for k, live in fleet.live.items() for n, t in live.items()
+        )
+        assert all(not t.any() for live in before.values() for t in live.values())
+        fleet.refit()
+        fleet.check()
+
+
+def test_await_and_refit_async(job: Job) -> None:
+    fleet = Fleet(job)
+
+    async def both() -> None:
+        updates = [source.start_publish() for source in fleet.sources]
+        reports = await asyncio.gather(*updates)  # type: ignore[arg-type]
+        assert [r.version for r in reports] == [1, 1]
+        found = await asyncio.gather(*(s.refit_async() for s in fleet.sinks.values()))
+        assert found == [1, 1]
+
+    with fleet.stack:
+        fleet.train(1)
+        asyncio.run(both())
+        fleet.check()
+
+
+def test_an_optimizer_step_waits_for_the_decision(job: Job) -> None:
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.train(1)
+        parameter = torch.nn.Parameter(torch.ones(3))
+        parameter.grad = torch.ones(3)
+        first = fleet.sources[0].start_publish()  # the other rank is late: the version stays open
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        stepped = fleet.pool.submit(optimizer.step)
+        time.sleep(0.2)
+        assert not stepped.done()
+        fleet.sources[1].publish()
+        stepped.result(5)
+        assert first.wait().version == 1
+
+
+def test_weights_that_change_while_open_abort_the_version(job: Job) -> None:
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.train(1)
+        first = fleet.sources[0].start_publish()
+        fleet.shards[0]["up"].add_(1.0)
+        late = fleet.pool.submit(fleet.sources[1].publish)
+        with pytest.raises(errors.SourceMutatedError, match="up") as caught:
+            first.wait()
+        assert caught.value.version == 1
+        assert isinstance(late.exception(5), errors.SourceMutatedError)
+        fleet.train(2)
+        assert {r.version for r in fleet.publish()} == {2}
+        fleet.refit()
+        fleet.check()
+
+
+def test_a_rank_that_does_not_publish_is_named(job: Job) -> None:
+    fleet = Fleet(job)
+    with fleet.stack:
+        with pytest.raises(errors.VersionAbortedError, match="source 1 did not publish"):
+            fleet.sources[0].publish(timeout_s=0.5)
+
+
+def test_no_replica_is_no_quorum(job: Job) -> None:
+    shards = toy_shard({n: torch.zeros(s) for n, s in SHAPES.items()}, 0, 1)
+    with Source(shards, layout=ToySourceLayout(1), rank=0, world_size=1, job=job) as source:
+        with pytest.raises(errors.NoQuorumError, match="1 complete replica"):
+            source.publish(timeout_s=0.5)
+
+
+def test_a_stale_version_is_refused(job: Job) -> None:
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.publish(version=5)
+        fleet.refit()
+        with pytest.raises(errors.StaleVersionError, match="not newer than 5"):
+            fleet.sources[0].publish(version=5)
+        assert {r.version for r in fleet.publish()} == {6}
+
+
+def test_the_same_sink_twice_is_refused(job: Job) -> None:
+    fleet = Fleet(job)
+    with fleet.stack, pytest.raises(errors.ConfigError, match="sink a/1 has joined already"):
+        Sink(toy_sink(2), layout=ToySinkLayout(2), replica="a", rank=1, world_size=2, job=job)
+
+
+def test_a_version_cannot_be_overtaken_on_one_rank(job: Job) -> None:
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.sources[0].start_publish()
+        with pytest.raises(errors.VersionError, match="still open"):
+            fleet.sources[0].start_publish()
+        fleet.sources[1].publish()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ("missing", errors.UnknownTensorError, "norm"),
+        ("extra", errors.UnknownTensorError, "surplus"),
+        ("renamed", errors.UnknownTensorError, "up_renamed"),
+        ("shape", errors.LayoutError, "down"),
+        ("dtype", errors.DtypeMismatchError, "embed"),
+    ],
+)
+def test_sides_that_do_not_match_fail_with_the_tensor_named(
+    job: Job, change: str, error: type[Exception], named: str
+) -> None:
+    layout = ToySourceLayout(1, change=change)
+    shards = layout.tensors()
+    live = [toy_sink(2) for _ in range(2)]
+    with ExitStack() as stack:
+        source = stack.enter_context(
+            Source(shards, layout=layout, rank=0, world_size=1, job=job, timeout_s=10)
+        )
+        for rank in range(2):
+            stack.enter_context(
+                Sink(
+                    live[rank],
+                    layout=ToySinkLayout(2),
+                    replica="a",
+                    rank=rank,
+                    world_size=2,
+                    job=job,
+                )
+            )
+        with pytest.raises(error, match=named):
+            source.publish()
+        assert all(not t.any() for tensors in live for t in tensors.values())
+
+
+def test_a_sink_whose_tensors_are_not_its_layout_is_refused_before_it_joins(job: Job) -> None:
+    live = toy_sink(2)
+    live["up"] = live["up"].float()
+    with pytest.raises(errors.DtypeMismatchError, match="up"):
+        Sink(live, layout=ToySinkLayout(2), replica="a", rank=0, world_size=2, job=job)
+
+
+def test_a_staging_budget_that_fits_no_write_is_refused(job: Job) -> None:
+    with pytest.raises(errors.PlanBudgetError, match=r"staging_bytes=64 .* 4096"):
+        Fleet(job, staging_bytes=64)
+
+
+def test_the_staging_budget_is_kept(job: Job) -> None:
+    fleet = Fleet(job, mode="in_place", staging_bytes=4096)
+    with fleet.stack:
+        fleet.train(1)
+        waiting = fleet.start_refit()
+        reports = fleet.publish()
+        assert [f.result(5) for f in waiting] == [1, 1]
+        assert 0 < max(r.peak_staging_bytes for r in reports) <= 4096
+        fleet.check()
+
+
+def test_too_little_memory_for_staged_mode_is_refused(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weightsync.runtime import receiver
+
+    monkeypatch.setattr(receiver, "available_bytes", lambda: 1000)
+    fleet = Fleet(job)
+    with fleet.stack:
+        with pytest.raises(errors.PlanBudgetError, match="in_place"):
+            fleet.publish()
+
+
+def test_a_coordinator_that_restarts_goes_on_with_its_versions(tmp_path: Path) -> None:
+    url, journal = f"unix:{tmp_path}/job.sock", tmp_path / "job.db"
+    job = Job.start(url, journal=journal)
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.train(1)
+        fleet.publish()
+        job.close()
+        with Job.start(url, journal=journal):
+            assert fleet.refit() == [1, 1]  # committed before, adopted after
+            fleet.check()
+            fleet.train(2)
+            assert {r.version for r in fleet.publish()} == {2}
+            fleet.refit()
+            fleet.check()
+
+
+def test_without_a_coordinator_joining_fails_in_time(tmp_path: Path) -> None:
+    with pytest.raises(errors.PeerLostError, match="no coordinator"):
+        Source(
+            toy_shard({n: torch.zeros(s) for n, s in SHAPES.items()}, 0, 1),
+            layout=ToySourceLayout(1), rank=0, world_size=1, job=f"unix:{tmp_path}/none.sock",
+            timeout_s=0.5,
+        )  # fmt: skip
+
+
+def test_nothing_is_left_behind(job: Job) -> None:
+    def ours() -> set[str]:
+        return {t.name for t in threading.enumerate() if t.name.startswith("weightsync")}
+
+    before = ours()
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.train(1)
+        fleet.publish()
+        fleet.refit()
+    assert ours() <= before

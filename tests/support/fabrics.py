@@ -1,0 +1,125 @@
+"""Two engines of one fabric, for the contract suite. A new fabric is one line in `CASES`."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from weightsync.transport.base import Engine, Lease, Memory, Remote, Target
+from weightsync.transport.fabrics import open_fabric
+from weightsync.transport.native import live_object_count, live_objects
+from weightsync.transport.sim import SimWire
+
+Bytes = npt.NDArray[np.uint8]
+
+__all__ = ["CASES", "Bytes", "Case", "Link", "address_of", "no_leaks", "random_bytes", "rows"]
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def random_bytes(nbytes: int, seed: int = 0) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+def rows(*table: Sequence[int]) -> npt.NDArray[np.int64]:
+    """A table of writes; columns as weightsync.transport.base.WRITE_COLUMNS."""
+    return np.array(table, dtype=np.int64).reshape(-1, 4)
+
+
+@dataclass
+class Link:
+    """A source and a sink that can reach each other, and how the sink's memory is made."""
+
+    source: Engine
+    sink: Engine
+    is_private: bool
+    wire: Any = None
+    _kept: list[object] = field(default_factory=list)
+
+    def memory(self, nbytes: int) -> tuple[Lease | Memory, Bytes]:
+        """Sink memory that reads as zero, and a view of it."""
+        if self.is_private:
+            array = np.zeros(nbytes, np.uint8)
+            return self.sink.register(address_of(array), nbytes, array), array
+        memory = self.sink.allocate(nbytes)
+        return memory, np.frombuffer(memory, np.uint8)
+
+    def source_array(self, array: Bytes) -> Bytes:
+        """Register an array with the source for as long as the link lives."""
+        self._kept.append(self.source.register(address_of(array), max(array.nbytes, 1), array))
+        return array
+
+    def target(
+        self, nbytes: int, slots: Sequence[int], chunk_bits: int = 8, generation: int = 1
+    ) -> tuple[Target, Bytes]:
+        """One range over a whole arena of `nbytes`."""
+        memory, view = self.memory(nbytes)
+        ranges = [(0, memory, 0, nbytes)]
+        return self.sink.export(ranges, np.array(slots, np.int32), chunk_bits, generation), view
+
+    def connected(
+        self, nbytes: int, slots: Sequence[int], chunk_bits: int = 8
+    ) -> tuple[Target, Bytes, Remote]:
+        target, view = self.target(nbytes, slots, chunk_bits)
+        return target, view, self.source.connect(target.descriptor, 10.0)
+
+    def close(self) -> None:
+        self._kept.clear()
+        self.source.close()
+        self.sink.close()
+        # pytest keeps fixtures longer than their tests: let go here, so that leaks can be counted.
+        del self.source, self.sink, self.wire
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    open: Callable[[], Link]
+    has_duplicates: bool = False  # the fabric itself delivers twice
+
+
+def _local(is_private: bool) -> Callable[[], Link]:
+    return lambda: Link(
+        open_fabric("local", name="source"), open_fabric("local", name="sink"), is_private
+    )
+
+
+def _sim(**faults: Any) -> Callable[[], Link]:
+    def make() -> Link:
+        wire = SimWire(7)
+        wire.set_faults(**faults)
+        source = open_fabric("sim", wire=wire, name="source")
+        sink = open_fabric("sim", wire=wire, name="sink")
+        return Link(source, sink, is_private=True, wire=wire)
+
+    return make
+
+
+CASES: Final = (
+    Case("local-push", _local(is_private=False)),
+    Case("local-pull", _local(is_private=True)),
+    Case("sim", _sim()),
+    Case(
+        "sim-adverse",
+        _sim(reorder=True, delay_s=0.01, duplicate=0.3, late_s=0.01, invisible=0.3),
+        has_duplicates=True,
+    ),
+)
+
+
+@contextmanager
+def no_leaks() -> Iterator[None]:
+    """Every native object made inside is gone at the end."""
+    before = live_object_count()
+    yield
+    if live_object_count() != before:
+        gc.collect()  # slow, and cycles are rare
+    assert live_object_count() <= before, live_objects()

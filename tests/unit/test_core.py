@@ -1,0 +1,214 @@
+"""The coordinator's core, driven by hand: no sockets, no threads, time is a number."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.fleet import Fleet
+
+
+def test_a_version_goes_from_publish_to_adopted() -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2, "b": 2}, min_replicas=2)
+    fleet.publish_all()
+    assert fleet.decisions == [(1, True)]
+    assert fleet.outcomes("source 0") == [(1, True, "")]
+    fleet.refit_all()
+    assert fleet.serving() == {"a": 1, "b": 1}
+    assert "adopted" in fleet.kinds("source 1")
+
+
+def test_nobody_hears_of_a_commit_before_it_is_recorded() -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2})
+    fleet.publish_all()
+    trace = fleet.trace
+    assert trace.index(("persist", 1, True)) < trace.index(("decide", 1, True))
+
+
+def test_a_lost_source_aborts_and_everyone_binds_again() -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2})
+    fleet.stall("source 1", at="write")
+    fleet.publish_all()
+    epoch = fleet.core.epoch
+    fleet.kill("source 1")
+    assert fleet.decisions == [(1, False)]
+    assert "source 1 was lost" in fleet.outcomes("source 0")[0][2]
+    fleet.start("source 1")
+    assert fleet.core.epoch == epoch + 1
+    fleet.publish_all()
+    assert fleet.decisions[-1] == (2, True)
+
+
+def test_a_source_lost_after_its_writes_does_not_stop_the_commit() -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2})
+    fleet.stall("sink a/0", at="vote")
+    fleet.publish_all()
+    fleet.kill("source 1")
+    fleet.resume("sink a/0")
+    assert fleet.decisions == [(1, True)]
+
+
+def test_a_lost_sink_takes_its_replica_out_only() -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2, "b": 2}, min_replicas=1)
+    fleet.stall("sink b/1", at="vote")
+    fleet.publish_all()
+    fleet.kill("sink b/1")
+    assert fleet.decisions == [(1, True)]
+    assert fleet.kinds("sink b/0")[-1] == "drop"
+    fleet.refit_all()
+    assert fleet.serving() == {"a": 1}
+
+
+def test_too_few_replicas_left_aborts() -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2, "b": 2}, min_replicas=2)
+    fleet.stall("sink b/1", at="vote")
+    fleet.publish_all()
+    fleet.kill("sink b/1")
+    assert fleet.decisions == [(1, False)]
+
+
+def test_one_bad_digest_aborts_for_all() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1, "b": 1})
+    fleet.fail_vote("sink b/0", "IntegrityError")
+    fleet.publish_all()
+    assert fleet.decisions == [(1, False)]
+    assert fleet.problem("source 0") == "IntegrityError"
+
+
+@pytest.mark.parametrize(
+    ("stalled", "at", "named"),
+    [
+        ("source 1", "publish", "source 1"),
+        ("sink a/1", "armed", "sink a/1"),
+        ("source 0", "write", "source 0"),
+        ("sink a/0", "vote", "sink a/0"),
+    ],
+)
+def test_a_deadline_names_who_was_waited_for(stalled: str, at: str, named: str) -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2}, lease_s=1e9)
+    fleet.stall(stalled, at=at)
+    fleet.publish_all(timeout_s=5.0)
+    fleet.advance(6.0)
+    assert fleet.decisions == [(1, False)]
+    reason = fleet.outcomes("source 0")[0][2]
+    assert named in reason
+    assert "source 1" not in reason or named == "source 1"
+
+
+def test_no_replica_by_the_deadline_is_no_quorum() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2})
+    fleet.kill("sink a/1")
+    fleet.publish_all(timeout_s=5.0)
+    fleet.advance(6.0)
+    assert fleet.problem("source 0") == "NoQuorumError"
+
+
+def test_a_silent_member_is_fenced_after_its_lease() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2, "b": 2}, lease_s=1.0)
+    fleet.freeze("sink b/0")
+    fleet.publish_all()
+    fleet.advance(1.5)
+    assert fleet.problem("sink b/0") == "FencedError"
+    assert fleet.decisions == [(1, True)]
+
+
+def test_versions_only_grow() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1})
+    fleet.publish_all(version=7)
+    fleet.refit_all()
+    fleet.publish_all(version=7)
+    assert fleet.problem("source 0") == "StaleVersionError"
+    fleet.publish_all()
+    assert fleet.decisions == [(7, True), (8, True)]
+
+
+def test_a_second_process_with_the_same_rank_is_refused() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2})
+    fleet.start("sink a/1", generation=99)
+    assert fleet.problem("sink a/1") == "ConfigError"
+    fleet.publish_all()
+    assert fleet.decisions == [(1, True)]
+
+
+def test_a_rank_lost_while_applying_tears_its_replica_only() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2, "b": 2})
+    fleet.publish_all()
+    fleet.stall("sink a/1", at="applied")
+    fleet.refit_all()
+    fleet.kill("sink a/1")
+    assert fleet.kinds("sink a/0")[-1] == "torn"
+    assert fleet.serving() == {"b": 1}
+
+
+def test_a_rank_lost_before_applying_leaves_the_old_version() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2, "b": 2})
+    fleet.publish_all()
+    fleet.refit_all()
+    fleet.publish_all()
+    fleet.kill("sink a/1")
+    assert fleet.kinds("sink a/0")[-1] == "drop"
+    fleet.refit_all()
+    assert fleet.serving() == {"b": 2}
+
+
+def test_a_failed_apply_tears_the_replica() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2, "b": 2})
+    fleet.publish_all()
+    fleet.fail_apply("sink a/0")
+    fleet.refit_all()
+    assert fleet.kinds("sink a/1")[-1] == "torn"
+    assert fleet.serving() == {"b": 1}
+    fleet.publish_all()
+    fleet.refit_all()
+    assert fleet.serving() == {"a": 2, "b": 2}
+
+
+def test_a_restarted_coordinator_repeats_a_recorded_commit() -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2})
+    fleet.crash_coordinator(after="persist")
+    fleet.publish_all()
+    fleet.restart_coordinator()
+    assert fleet.decisions == [(1, True)]
+    assert fleet.outcomes("source 0") == [(1, True, "")]
+    fleet.refit_all()
+    assert fleet.serving() == {"a": 1}
+
+
+def test_a_restarted_coordinator_aborts_what_was_not_recorded() -> None:
+    fleet = Fleet(sources=2, replicas={"a": 2})
+    fleet.crash_coordinator(before="persist")
+    fleet.publish_all()
+    fleet.restart_coordinator()
+    assert fleet.decisions == [(1, False)]
+    assert fleet.outcomes("source 0")[0][:2] == (1, False)
+    fleet.publish_all()
+    assert fleet.decisions[-1] == (2, True)
+
+
+def test_a_restart_in_the_middle_of_applying_goes_on() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2})
+    fleet.publish_all()
+    fleet.stall("sink a/1", at="apply")
+    fleet.refit_all()
+    fleet.crash_now()
+    fleet.restart_coordinator()
+    fleet.resume("sink a/1")
+    assert fleet.serving() == {"a": 1}
+
+
+def test_a_plan_that_cannot_be_made_fails_every_publish_with_its_reason() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1}, plan_problem="CoverageError")
+    fleet.publish_all()
+    assert fleet.problem("source 0") == "CoverageError"
+    fleet.publish_all()
+    assert [kind for kind in fleet.kinds("source 0") if kind == "decide"] == ["decide"] * 2
+
+
+def test_a_restart_between_ready_and_apply_tells_every_rank() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2})
+    fleet.publish_all()
+    fleet.stall("sink a/1", at="ready")
+    fleet.refit_all()
+    fleet.crash_now()
+    fleet.restart_coordinator(order=["sink a/0", "refit", "sink a/1", "source 0"])
+    fleet.resume("sink a/1")
+    assert fleet.serving() == {"a": 1}

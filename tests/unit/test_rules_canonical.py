@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.layout_oracle import TINY_MODELS, build_model, checkpoint
+from weightsync.planners.rules import canonical_tensors, transformers_parameters
+
+MODELS = Path(__file__).parents[2] / "configs" / "model"
+REAL = sorted(path.stem for path in MODELS.glob("*.json"))
+
+
+def assert_equals_transformers(config: dict[str, Any]) -> None:
+    model = build_model(config, "meta")
+    expected = {name: tuple(tensor.shape) for name, tensor in checkpoint(model, config).items()}
+    assert dict(canonical_tensors(config)) == expected
+    live = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {name: p.shape for name, p in transformers_parameters(config).items()} == live
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_names_and_shapes_equal_the_real_class(name: str) -> None:
+    assert_equals_transformers(TINY_MODELS[name])
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_models_equal_the_real_class(name: str) -> None:
+    content = json.loads((MODELS / f"{name}.json").read_text())
+    shapes = canonical_tensors(content)
+    assert sum(math.prod(shape) for shape in shapes.values()) == content["parameters"]
+    # All layers of a model are alike: two are enough for the slow real class.
+    assert_equals_transformers({**content["config"], "num_hidden_layers": 2})
+
+
+def test_the_published_models_are_there() -> None:
+    assert set(REAL) >= {"llama-3.1-8b", "qwen3-0.6b", "qwen3-30b-a3b", "qwen3-235b-a22b"}
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_fused_parameters_hold_every_tensor_once(name: str) -> None:
+    held: dict[str, int] = {}
+    for parameter in transformers_parameters(TINY_MODELS[name]).values():
+        assert sum(math.prod(part.n) for part in parameter.parts) == math.prod(parameter.shape)
+        for part in parameter.parts:
+            held[part.tensor] = held.get(part.tensor, 0) + math.prod(part.n)
+    shapes = canonical_tensors(TINY_MODELS[name])
+    assert held == {tensor: math.prod(shape) for tensor, shape in shapes.items()}

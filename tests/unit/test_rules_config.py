@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weightsync.errors import ConfigError
+from weightsync.planners.rules import ModelConfig, model_config
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+MOE: dict[str, Any] = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 8,
+    "num_experts": 4,
+    "num_hidden_layers": 5,
+}
+
+
+def test_defaults_follow_the_model_type() -> None:
+    llama = ModelConfig.from_dict(LLAMA)
+    assert (llama.num_kv_heads, llama.head_dim, llama.qk_norm) == (4, 4, False)
+    qwen3 = ModelConfig.from_dict({**LLAMA, "model_type": "qwen3"})
+    assert (qwen3.head_dim, qwen3.qk_norm) == (128, True)
+
+
+def test_sparse_layers_follow_step_and_exceptions() -> None:
+    config = ModelConfig.from_dict({**MOE, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
+    assert [layer for layer in range(5) if config.is_sparse(layer)] == [1]
+    assert ModelConfig.from_dict(MOE).sparse_layers == frozenset(range(5))
+
+
+def test_number_of_experts_has_two_spellings() -> None:
+    renamed = dict(MOE)
+    renamed["num_local_experts"] = renamed.pop("num_experts")
+    assert ModelConfig.from_dict(renamed) == ModelConfig.from_dict(MOE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are: llama, qwen3, qwen3_moe"),
+        ({"vocab_size": None}, "no 'vocab_size'"),
+        ({"hidden_size": "16"}, "hidden_size must be a positive integer, not '16'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, not True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
+        ({"num_hidden_layers": 1 << 40}, "beyond"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
+        ({"hidden_size": 18}, "no head_dim"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_wrong_configs_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_dict({**LLAMA, **change})
+
+
+def test_wrong_list_of_dense_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="mlp_only_layers"):
+        ModelConfig.from_dict({**MOE, "mlp_only_layers": "1"})
+
+
+def test_a_config_comes_from_a_file_a_folder_or_a_value(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    wrapped = tmp_path / "tiny.json"
+    wrapped.write_text(json.dumps({"hf_id": "a/b", "config": LLAMA}))
+    expected = ModelConfig.from_dict(LLAMA)
+    for given in (path, str(path), tmp_path, wrapped, LLAMA, expected):
+        assert model_config(given) == expected
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        model_config(tmp_path / "missing.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        model_config(tmp_path / "broken.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ConfigError, match="no JSON object"):
+        model_config(tmp_path / "list.json")

@@ -1,0 +1,146 @@
+"""The command line: a thin table of commands, each loaded when it is called.
+
+With `--json` stdout is one JSON object on one line, everything else goes to stderr. Exit status:
+0 ok, 1 failed or unverified, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from weightsync.errors import ConfigError, WeightSyncError
+
+__all__ = ["app", "main"]
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_BAD_INPUT: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout, progress on stderr.")
+]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+app = typer.Typer(
+    name="weightsync",
+    help="New weights from trainers to rollout engines, shard to shard, everywhere or nowhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep the table a table while it has one command."""
+
+
+@app.command()
+def demo(
+    sources: Annotated[int, typer.Option(help="Trainer processes, FSDP2 over gloo.")] = 2,
+    sinks: Annotated[
+        int, typer.Option(help="Rollout processes: two tensor-parallel replicas, or 1.")
+    ] = 4,
+    steps: Annotated[int, typer.Option(help="Optimizer steps, each one published.")] = 3,
+    model: Annotated[str, typer.Option(help="qwen3 or qwen3_moe.")] = "qwen3",
+    mode: Annotated[str, typer.Option(help="staged or in_place.")] = "staged",
+    kill: Annotated[
+        str | None,
+        typer.Option(metavar="trainer:STEP", help="Kill the last trainer while it writes."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Perfetto trace; default traces/demo-<time>.json."),
+    ] = None,
+    plant: Annotated[str | None, typer.Option(hidden=True)] = None,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Train a small model, publish it after every step, prove what the sinks hold."""
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.demo.run import DemoOptions, run_demo
+
+        if plant is not None:
+            _plant(plant)
+        if mode not in ("staged", "in_place"):
+            raise ConfigError(f"--mode {mode}: staged or in_place")
+        options = DemoOptions(
+            sources=sources,
+            sinks=sinks,
+            steps=steps,
+            model=model,
+            mode="staged" if mode == "staged" else "in_place",
+            kill_step=DemoOptions.parse_kill(kill),
+            trace=trace,
+        )
+        return run_demo(options, console)
+
+    execute("demo", run, as_json=as_json, debug=debug)
+
+
+def execute(
+    command: str, run: Callable[[Console], dict[str, Any]], *, as_json: bool, debug: bool
+) -> None:
+    """Run one command the way all commands behave, and exit.
+
+    Args:
+        command: Its name in the schema, with underscores: "demo", "bench_transfer".
+        run: Does the work; gets the console to print on, returns the keys of the JSON object.
+            A false "ok" or "verified" makes the exit status 1.
+        as_json: Print that object on stdout.
+        debug: Let errors of the package through with their traceback.
+
+    Raises:
+        typer.Exit: Always, with the exit status.
+    """
+    result: dict[str, Any]
+    try:
+        result = run(Console(stderr=as_json))
+        good = bool(result.get("ok", True)) and bool(result.get("verified", True))
+        status = EXIT_OK if good else EXIT_FAILED
+    except KeyboardInterrupt:
+        result, status = {"ok": False, "error": "interrupted"}, EXIT_INTERRUPTED
+        _say_error("interrupted")
+    except WeightSyncError as error:
+        if debug:
+            raise
+        status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_FAILED
+        result = {"ok": False, "error": type(error).__name__, "message": str(error)}
+        _say_error(f"{type(error).__name__}: {error}")
+    if as_json:
+        line = json.dumps({"schema": f"weightsync.{command}/1", **result})
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _say_error(text: str) -> None:
+    Console(stderr=True).print(Text(text, "bold red"), soft_wrap=True)
+
+
+def _plant(name: str) -> None:
+    """Have every process of the run plant a layout bug (tests only)."""
+    from weightsync import plants
+
+    os.environ[plants.ENV_PLANT] = name
+    plants.requested()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,453 @@
+"""The public face: `Job`, `Source` on every trainer rank, `Sink` on every rollout rank.
+
+with Job.start() as job:                     # anywhere, once
+    ...
+source = Source(model, job=url)              # every trainer rank
+source.publish()                             # after every optimizer step
+sink = Sink(weights, layout=rules.vllm(config, tp=2), replica="a", rank=r, world_size=2, job=url)
+sink.refit()                                 # between tokens
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from weightsync.errors import ConfigError, PlanBudgetError
+from weightsync.ir.layout import Layout
+from weightsync.ir.plan import PlanOptions
+from weightsync.report import Stage, VersionReport
+from weightsync.runtime.receiver import Receiver
+from weightsync.service.coordinator import Coordinator
+from weightsync.service.core_types import CoreOptions
+from weightsync.service.session import fetch_status
+from weightsync.service.sink import SinkHooks, SinkMember
+from weightsync.service.source import OpenVersion, SourceMember
+from weightsync.settings import Settings
+from weightsync.transport.fabrics import open_fabric
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "Job",
+    "Layout",
+    "Sink",
+    "SinkHooks",
+    "Source",
+    "Stage",
+    "Update",
+    "VersionReport",
+]
+
+
+# A page: packed writes of less cost more in requests than in bytes.
+_MIN_STAGING_BYTES = 4096
+
+
+class Job:
+    """One stream of versions. Context manager; leaving it closes a hosted coordinator.
+
+    Attributes:
+        url: What the other processes connect to.
+    """
+
+    def __init__(self, url: str, coordinator: Coordinator | None = None) -> None:
+        self.url = url
+        self._coordinator = coordinator
+
+    @classmethod
+    def start(
+        cls,
+        url: str | None = None,
+        *,
+        min_replicas: int = 1,
+        lease_s: float = 10.0,
+        journal: str | Path | None = None,
+        bucket_bytes: int | None = None,
+    ) -> Job:
+        """Host the coordinator of a new job in this process.
+
+        Args:
+            url: `unix:PATH`; None takes a socket in a fresh private directory.
+            min_replicas: Fewest complete replicas that a version needs.
+            lease_s: A member that is silent for longer is taken for lost.
+            journal: SQLite file that survives this process; a job started again on it goes on
+                with its versions. None keeps decisions in memory.
+            bucket_bytes: Size of the unit that is staged, tracked and verified; None: 64 MiB.
+
+        Raises:
+            ConfigError: The URL is taken or of a kind that is not served yet.
+        """
+        if min_replicas < 1:
+            raise ConfigError(f"min_replicas={min_replicas}: at least 1")
+        options = CoreOptions(min_replicas=min_replicas, lease_s=lease_s)
+        path = Path(journal) if journal is not None else None
+        plans = PlanOptions() if bucket_bytes is None else PlanOptions(bucket_bytes=bucket_bytes)
+        coordinator = Coordinator(url, journal=path, options=options, plan_options=plans)
+        return cls(coordinator.url, coordinator)
+
+    @classmethod
+    def connect(cls, url: str | None = None) -> Job:
+        """Name a job that another process hosts; None reads $WEIGHTSYNC_JOB.
+
+        Raises:
+            ConfigError: No URL given, or a bad one.
+        """
+        return cls(Settings.resolve(job=url).require_job_url())
+
+    def status(self) -> dict[str, Any]:
+        """Committed version, phase, and what every replica serves. Blocks for one round trip.
+
+        Raises:
+            PeerLostError: Nobody hosts the job.
+        """
+        reply = fetch_status(self.url)
+        return {
+            "committed_version": reply.committed_version,
+            "last_version": reply.last_version,
+            "phase": reply.phase,
+            "epoch": reply.epoch,
+            "replicas": {
+                r.replica: {"serving": r.serving, "version": r.version, "ranks": list(r.ranks)}
+                for r in reply.replicas
+            },
+            "sources": list(reply.sources),
+        }
+
+    def close(self) -> None:
+        """End a hosted job; members see it end. Idempotent."""
+        if self._coordinator is not None:
+            self._coordinator.close()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Update:
+    """One publish under way. Awaitable: `await update` waits for "committed"."""
+
+    def __init__(self, source: Source, opened: OpenVersion) -> None:
+        self._source = source
+        self._opened = opened
+
+    @property
+    def version(self) -> int:
+        """Its number; 0 until the coordinator gave it one."""
+        return self._opened.version
+
+    @property
+    def stage(self) -> Stage | None:
+        """The latest stage reached; None while undecided."""
+        return self._opened.stage
+
+    def wait(self, until: Stage = "committed", timeout_s: float | None = None) -> VersionReport:
+        """Block until the version reached `until`.
+
+        Raises:
+            VersionAbortedError: The fleet aborted the version; the old one serves.
+            NoQuorumError: Too few replicas by the deadline.
+            StaleVersionError: The number is not newer than the last one.
+            LayoutError, PlanError: The two sides do not fit; nothing was written.
+            TransferTimeoutError: `timeout_s` or the version's deadline passed.
+        """
+        self._source._member.wait(self._opened, until, timeout_s)
+        return self._source._member.report(self._opened)
+
+    def __await__(self) -> Generator[Any, None, VersionReport]:
+        return asyncio.to_thread(self.wait).__await__()
+
+
+class Source:
+    """The weights of one trainer rank. Context manager.
+
+    Args:
+        weights: A module (FSDP2 or plain), or tensors by canonical name. Borrowed: read in
+            place while a version is open, never copied or gathered.
+        job: Where to publish; None reads $WEIGHTSYNC_JOB.
+        layout: How this side holds canonical tensors; None derives it from `weights`.
+        rank: None: torch.distributed if initialised, else $RANK.
+        world_size: Likewise, else $WORLD_SIZE.
+        dtype: Unused dtype conversions are decided by the sinks; a value here is checked
+            against what `weights` holds.
+        staging_bytes: Budget of packed and cast bytes in flight; None takes two buckets.
+        timeout_s: Deadline of one version.
+        fabric: `local` (one host).
+        threads: Threads of copy and digest kernels.
+
+    Raises:
+        ConfigError: No rank known, or the rank has joined already.
+        LayoutError: The weights cannot be described.
+        PlanBudgetError: `staging_bytes` is too small for any write.
+        PeerLostError: No coordinator answers.
+    """
+
+    def __init__(
+        self,
+        weights: nn.Module | Mapping[str, torch.Tensor],
+        *,
+        job: Job | str | None = None,
+        layout: Layout | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        staging_bytes: int | None = None,
+        timeout_s: float = 120.0,
+        fabric: str = "local",
+        threads: int = 1,
+    ) -> None:
+        from weightsync.live.weights import SourceWeights
+
+        self.rank, self.world_size = _find_rank(rank, world_size)
+        if staging_bytes is not None and staging_bytes < _MIN_STAGING_BYTES:
+            raise PlanBudgetError(
+                f"source {self.rank}: staging_bytes={staging_bytes} is less than the "
+                f"{_MIN_STAGING_BYTES} that one packed write needs; leave it out for two buckets"
+            )
+        settings = Settings.resolve(job=_job_url(job), timeout_s=timeout_s)
+        self._timeout_s = settings.timeout_s
+        held = SourceWeights(weights, layout=layout, rank=self.rank, dtype=dtype)
+        self._weights = held
+        self._fabric = open_fabric(fabric, threads=threads)
+        self._member = SourceMember(
+            settings.require_job_url(),
+            manifest=held.manifest.to_bytes(),
+            rank=self.rank,
+            world_size=self.world_size,
+            fabric=self._fabric,
+            fabric_name=fabric,
+            bases=held.addresses,
+            sizes=held.sizes,
+            fingerprint=held.fingerprint,
+            changed_since=held.changed_since,
+            owner=held,
+            staging_bytes=staging_bytes if staging_bytes is not None else 0,
+            threads=threads,
+            connect_timeout_s=min(settings.connect_timeout_s, timeout_s),
+        )
+        try:
+            self._member.join()
+        except BaseException:
+            self._fabric.close()
+            raise
+
+    def publish(
+        self,
+        version: int | None = None,
+        *,
+        tag: str = "",
+        until: Stage = "committed",
+        timeout_s: float | None = None,
+    ) -> VersionReport:
+        """Make the weights as they are now a version of the job. Call on every source rank.
+
+        Blocks until `until`. The weights must not change before the version is decided; an
+        optimizer step of this process waits for that by itself.
+
+        Args:
+            version: Its number; None: last + 1.
+            tag: Carried along, such as the training step.
+            until: "local" and "committed": the fleet decided; "adopted": every live replica
+                serves the version.
+            timeout_s: Deadline of this call; None takes the constructor's.
+
+        Raises:
+            As `Update.wait`, and VersionError while an earlier version is open on this rank.
+        """
+        update = self._start(version, tag, timeout_s)
+        return update.wait(until)  # the version itself carries the deadline
+
+    def start_publish(self, version: int | None = None, *, tag: str = "") -> Update:
+        """As `publish`, but return at once; wait on the result before changing weights."""
+        return self._start(version, tag, None)
+
+    def _start(self, version: int | None, tag: str, timeout_s: float | None) -> Update:
+        from weightsync.live.weights import guard_optimizers
+
+        if version is not None and version < 1:
+            raise ConfigError(f"version={version}: versions count from 1")
+        self._weights.prepare()
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        opened = self._member.start(version if version is not None else 0, tag, timeout_s)
+        guard_optimizers(self._member, opened)
+        return Update(self, opened)
+
+    def close(self) -> None:
+        """Leave the job. Idempotent."""
+        self._member.close()
+        self._fabric.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Sink:
+    """The weights of one rollout rank. Context manager.
+
+    Args:
+        weights: A module, or tensors by the names that `layout` gives them; contiguous, on the
+            CPU. Borrowed, written to by `refit` only (in place: while `refit` waits, or
+            between the hooks).
+        layout: How an engine lays canonical tensors out, such as `rules.vllm(...)`.
+        replica: Name of the copy of the model that this rank serves a part of.
+        rank: Inside the replica.
+        world_size: Ranks of the replica.
+        job: Where versions come from; None reads $WEIGHTSYNC_JOB.
+        mode: "staged": versions land beside the live weights and are copied over them in
+            `refit`. "in_place": they land in the live weights while generation is paused; a
+            failure after the first byte leaves the replica TORN until the next version.
+        hooks: For in place without a waiting `refit`.
+        timeout_s: Default deadline of `refit`.
+        fabric: `local` (one host).
+        threads: Threads of copy and digest kernels.
+
+    Raises:
+        ConfigError: This replica and rank have joined already, or weights that cannot be used.
+        UnknownTensorError, LayoutError, DtypeMismatchError: `weights` are not what `layout` says.
+        PeerLostError: No coordinator answers.
+    """
+
+    def __init__(
+        self,
+        weights: nn.Module | Mapping[str, torch.Tensor],
+        *,
+        layout: Layout,
+        replica: str,
+        rank: int,
+        world_size: int,
+        job: Job | str | None = None,
+        mode: Literal["staged", "in_place"] = "staged",
+        hooks: SinkHooks | None = None,
+        timeout_s: float = 120.0,
+        fabric: str = "local",
+        threads: int = 1,
+    ) -> None:
+        from weightsync.live.weights import sink_tensors
+
+        if mode not in ("staged", "in_place"):
+            raise ConfigError(f"mode={mode!r}: 'staged' or 'in_place'")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank} is outside world_size={world_size}")
+        settings = Settings.resolve(job=_job_url(job), timeout_s=timeout_s)
+        self._timeout_s = settings.timeout_s
+        manifest = layout.manifest(rank)
+        tensors = sink_tensors(weights, manifest, label=f"sink {replica}/{rank}")
+        self._fabric = open_fabric(fabric, threads=threads)
+        live = np.array([t.data_ptr() for t in tensors], np.int64)
+        receiver = Receiver(self._fabric, live=live, live_owner=tensors, mode=mode, threads=threads)
+        self._member = SinkMember(
+            settings.require_job_url(),
+            manifest=manifest.to_bytes(),
+            replica=replica,
+            rank=rank,
+            world_size=world_size,
+            receiver=receiver,
+            fabric_name=fabric,
+            hooks=hooks,
+            connect_timeout_s=min(settings.connect_timeout_s, timeout_s),
+        )
+        try:
+            self._member.join()
+        except BaseException:
+            self._fabric.close()
+            raise
+
+    @property
+    def version(self) -> int | None:
+        """What the live weights hold; None before the first refit and while TORN."""
+        active = self._member.active_version
+        return active if active > 0 else None
+
+    @property
+    def committed_version(self) -> int | None:
+        """Newest version that this rank was told of as committed."""
+        committed = self._member.committed_version
+        return committed if committed > 0 else None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the last version: `fill` (armed to verified) and `pause` (copy over live weights)."""
+        return {name: end - start for name, (start, end) in self._member.spans.items()}
+
+    @property
+    def spans(self) -> dict[str, tuple[float, float]]:
+        """The same as (start, end) on this process's monotonic clock, for traces."""
+        return dict(self._member.spans)
+
+    def refit(self, version: int | None = None, *, timeout_s: float | None = None) -> int:
+        """Wait for a committed version and adopt it together with the whole replica.
+
+        Call between tokens, on every rank of the replica.
+
+        Args:
+            version: Smallest version to accept; None: any that is newer than the active one.
+            timeout_s: Deadline; None takes the constructor's.
+
+        Returns:
+            The version now active.
+
+        Raises:
+            TornError: The replica holds mixed weights and must not serve; a later version,
+                adopted by another `refit`, repairs it.
+            TransferTimeoutError: Nothing was committed, or a rank of the replica did not come.
+            LayoutError, PlanError: The two sides do not fit.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return self._member.refit(version, timeout_s)
+
+    async def refit_async(
+        self, version: int | None = None, *, timeout_s: float | None = None
+    ) -> int:
+        """As `refit`, without blocking the event loop."""
+        return await asyncio.to_thread(self.refit, version, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Leave the job; the live weights stay. Idempotent."""
+        self._member.close()
+        self._fabric.close()
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _job_url(job: Job | str | None) -> str | None:
+    return job.url if isinstance(job, Job) else job
+
+
+def _find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Explicit, else torch.distributed, else the environment."""
+    if rank is None or world_size is None:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            rank = dist.get_rank() if rank is None else rank
+            world_size = dist.get_world_size() if world_size is None else world_size
+        elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            try:
+                rank = int(os.environ["RANK"]) if rank is None else rank
+                world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
+            except ValueError as error:
+                raise ConfigError(f"$RANK or $WORLD_SIZE is no number: {error}") from error
+        else:
+            raise ConfigError(
+                "rank and world_size are unknown: pass them, initialise torch.distributed, or "
+                "set RANK and WORLD_SIZE"
+            )
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank={rank} is outside world_size={world_size}")
+    return rank, world_size

@@ -1,0 +1,139 @@
+"""A trainer rank of the demo: FSDP2 over gloo, real AdamW steps, `Source.publish` after each."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from weightsync import Source, failpoints
+from weightsync.demo.model import build_model, greedy, model_config, text
+from weightsync.demo.worker import Channel, Message
+from weightsync.errors import ConfigError, LayoutError, PlanError, VersionError
+
+# Large, so that every step changes nearly every bf16 weight.
+_LEARNING_RATE: Final = 3e-3
+_BATCH: Final = 4  # sequences per trainer and step
+_LENGTH: Final = 96
+_SEED: Final = 2024
+# They follow one another; the stages of the pipeline, inside "transfer", overlap.
+_PHASES: Final = ("wait_open", "transfer", "decide", "adopt")
+
+
+class _Trainer:
+    """One rank: the sharded model, its optimizer and its part of the text."""
+
+    def __init__(self, options: Message) -> None:
+        self.rank, self.world_size = int(options["rank"]), int(options["world_size"])
+        self.folder = Path(options["folder"])
+        self.num_tokens = int(options["num_tokens"])
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{self.folder}/gloo",
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=float(options["timeout_s"])),
+        )
+        self.config = model_config(options["model"])
+        torch.manual_seed(_SEED)  # the same weights everywhere before they are sharded
+        self.model = build_model(self.config, torch.float32)
+        mesh = init_device_mesh("cpu", (self.world_size,))
+        decoder: Any = self.model.get_submodule("model.layers")
+        for layer in decoder:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=_LEARNING_RATE)
+        # What the engine would build, for the reference's logits.
+        self.served = build_model(self.config, torch.bfloat16).eval() if self.rank == 0 else None
+        self.text = torch.frombuffer(bytearray(text()), dtype=torch.uint8)
+        self.random = torch.Generator().manual_seed(_SEED + 1 + self.rank)
+
+    def train(self) -> float:
+        """One optimizer step on this rank's share of the batch; the mean loss of all ranks."""
+        starts = torch.randint(len(self.text) - _LENGTH, (_BATCH,), generator=self.random).tolist()
+        ids = torch.stack([self.text[start : start + _LENGTH] for start in starts]).long()
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return float(mean) / self.world_size
+
+    def write_reference(self, step: int) -> None:
+        """Gather the weights, for the verification only: weightsync itself never does this."""
+        full: dict[str, torch.Tensor] = {}
+        for name, value in self.model.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            full[name] = whole.to(torch.bfloat16)
+        if self.served is not None:
+            self.served.load_state_dict(full)
+            tokens, logits = greedy(self.served, self.num_tokens)
+            save_file(full, self.folder / f"reference-{step}.safetensors")
+            made = {"tokens": torch.tensor(tokens), "logits": logits}
+            save_file(made, self.folder / f"logits-{step}.safetensors")
+
+
+def run(channel: Channel, options: Message, commands: Iterator[Message]) -> None:
+    """The life of one trainer rank."""
+    torch.set_num_threads(1)
+    trainer = _Trainer(options)
+    channel.send(event="built", parameters=sum(p.numel() for p in trainer.model.parameters()))
+    source = Source(trainer.model, job=options["job"], timeout_s=float(options["timeout_s"]))
+    with source:
+        channel.send(event="ready")
+        for command in commands:
+            step = int(command["step"])
+            if command["do"] == "train":
+                _train(channel, trainer, step)
+            elif command["do"] == "publish":
+                if command["die"]:
+                    failpoints.arm(f"source.writing@{command['bucket']}=kill")
+                _publish(channel, source, step)
+    with contextlib.suppress(RuntimeError):  # a peer may have been killed
+        dist.destroy_process_group()
+
+
+def _train(channel: Channel, trainer: _Trainer, step: int) -> None:
+    started = time.monotonic()
+    loss = trainer.train()
+    trained = time.monotonic()
+    trainer.write_reference(step)
+    done = time.monotonic()
+    spans = [("train", "forward, backward, AdamW", started, trained)]
+    spans.append(("train", "gather a reference (verification only)", trained, done))
+    channel.send(event="trained", loss=loss, spans=spans)
+
+
+def _publish(channel: Channel, source: Source, step: int) -> None:
+    started = time.monotonic()
+    try:
+        report = source.publish(tag=f"step {step}")
+    except (ConfigError, LayoutError, PlanError, VersionError) as error:
+        why = {"error": type(error).__name__, "message": str(error), "reason": error.reason}
+        channel.send(
+            event="aborted", spans=[("publish", "aborted", started, time.monotonic())], **why
+        )
+        return
+    spans = [("publish", f"version {report.version}", started, time.monotonic())]
+    for name, start, end in report.spans:
+        spans.append(("version" if name in _PHASES else name, name, start, end))
+    channel.send(
+        event="published",
+        version=report.version,
+        num_bytes=report.num_bytes,
+        num_replicas=report.num_replicas,
+        seconds=report.seconds,
+        stages_s=report.stages_s,
+        spans=spans,
+    )

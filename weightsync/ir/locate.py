@@ -1,0 +1,155 @@
+"""From memory back to meaning: which canonical elements a strided row of a buffer holds."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsync.ir.manifest import Manifest
+from weightsync.ir.pieces import hull_elements
+from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, expand
+
+__all__ = ["BLOCK_ROWS", "Locator", "locate_rows"]
+
+BLOCK_ROWS: Final = 1 << 16  # rows at a time: temporaries of 2 MiB stay in the cache
+_BEYOND: Final = 1 << 62  # wider than any offset
+
+
+def locate_rows(
+    manifest: Manifest,
+    buffer: NDArray[Any],
+    offset: IntArray,
+    n: IntArray,
+    stride: IntArray,
+    tensor: NDArray[Any] | None = None,
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Find the piece that holds each row, and the canonical elements that the row holds.
+
+    Inverts offsets through the manifest's own pieces, so that each side tells for itself what its
+    memory means. A row must lie inside one piece, its dims in canonical order.
+
+    Args:
+        manifest: The side whose buffers the rows address.
+        buffer: Buffer of each row, `(R,)`, valid indices.
+        offset: First element of each row, `(R,)`, in elements of the buffer.
+        n: Counts per canonical dim, `(R, 4)`.
+        stride: Strides in elements per canonical dim, `(R, 4)`; ignored where n is 1.
+        tensor: Tensor of each row, `(R,)`; needed where tensors share memory (aliases of a
+            source), otherwise only a check. None: any tensor, or a constant.
+
+    Returns:
+        `(piece, lo, step)`: `(R,)`, `(R, 4)`, `(R, 4)`. Row element `i` is canonical element
+        `lo + step * i` of tensor `pieces.tensor[piece]`. `piece` is -1 where no piece holds the
+        row; its lo and step are then meaningless.
+
+    Cost: one sort of the pieces, then about 0.3 us a row.
+    """
+    locator = Locator(manifest, with_tensor=tensor is not None)
+    num_rows = len(offset)
+    piece = np.full(num_rows, -1)
+    lo, step = np.zeros((2, num_rows, MAX_DIMS), np.int64)
+    for first in range(0, num_rows, BLOCK_ROWS):
+        rows = slice(first, first + BLOCK_ROWS)
+        wanted = None if tensor is None else tensor[rows]
+        piece[rows], lo[rows], step[rows] = locator.locate(
+            buffer[rows], wanted, offset[rows], n[rows], stride[rows]
+        )
+    return piece, lo, step
+
+
+class Locator:
+    """The pieces of a manifest, sorted for `locate_rows`; for callers that go block by block.
+
+    All groups (buffers, or tensors in buffers) lie one after the other on one line, so that one
+    binary search finds the pieces near a row.
+    """
+
+    def __init__(self, manifest: Manifest, *, with_tensor: bool) -> None:
+        pieces = manifest.pieces
+        self._pieces = pieces
+        self._num_buffers = max(len(manifest.buffers), 1)
+        keys = self._key(pieces.buffer, pieces.tensor if with_tensor else None)
+        self._keys, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        length = manifest.buffers.numel[pieces.buffer[first]]
+        self._base = np.cumsum(length) - length
+        self._length = length
+        start = self._base[group] + pieces.offset
+        self._order = np.argsort(start, kind="stable")
+        self._start = start[self._order]
+        end = start + hull_elements(pieces.n, pieces.stride)
+        self._reach = np.maximum.accumulate(end[self._order]) if len(end) else end
+        # Dims from the widest stride to the narrowest: digits of an offset, most significant first.
+        # A dim of one element gets a width that no offset reaches, so that its digit is 0.
+        width = np.where(pieces.n > 1, pieces.stride, _BEYOND)
+        self._digits = np.argsort(-width, axis=1, kind="stable")
+        self._places = np.argsort(self._digits, axis=1, kind="stable")
+        self._width = np.take_along_axis(width, self._digits, axis=1)
+        self._is_ordered = bool((self._digits == np.arange(MAX_DIMS)).all())
+
+    def _key(self, buffer: NDArray[Any], tensor: NDArray[Any] | None) -> IntArray:
+        wide = buffer.astype(np.int64)
+        return wide if tensor is None else wide + tensor.astype(np.int64) * self._num_buffers
+
+    def locate(
+        self,
+        buffer: NDArray[Any],
+        tensor: NDArray[Any] | None,
+        offset: IntArray,
+        n: IntArray,
+        stride: IntArray,
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        """Locate one block of rows; see `locate_rows`."""
+        num_rows = len(offset)
+        piece = np.full(num_rows, -1)
+        lo, step = np.zeros((2, num_rows, MAX_DIMS), np.int64)
+        if not len(self._keys):
+            return piece, lo, step
+        key = self._key(buffer, tensor)
+        group = np.minimum(np.searchsorted(self._keys, key), len(self._keys) - 1)
+        inside = (self._keys[group] == key) & (offset >= 0) & (offset < self._length[group])
+        place = self._base[group] + np.where(inside, offset, 0)
+        last = np.searchsorted(self._start, place, side="right")
+        first = np.searchsorted(self._reach, place, side="right")
+        # The piece that starts last before the row is nearly always it; interleaved pieces
+        # (gate and up rows) need a look at the others whose hulls contain the row.
+        rows = np.flatnonzero(inside & (last > first))
+        candidate = self._order[last[rows] - 1]
+        for _ in range(2):
+            fits, at, steps = self._invert(candidate, offset[rows], n[rows], stride[rows])
+            hit = rows[fits]
+            piece[hit], lo[hit], step[hit] = candidate[fits], at[fits], steps[fits]
+            rows = rows[~fits]
+            if not len(rows):
+                break
+            owner, local = expand(last[rows] - 1 - first[rows])
+            candidate = self._order[first[rows][owner] + local]
+            rows = rows[owner]
+        return piece, lo, step
+
+    def _invert(
+        self, candidate: IntArray, offset: IntArray, n: IntArray, stride: IntArray
+    ) -> tuple[BoolArray, IntArray, IntArray]:
+        """Turn offsets into indices of the candidate pieces; tell which rows lie inside them."""
+        pieces = self._pieces
+        piece_n, piece_step = pieces.n[candidate], pieces.step[candidate]
+        width = self._width[candidate]
+        rest = offset - pieces.offset[candidate]
+        index = np.empty_like(n)
+        for dim in range(MAX_DIMS):
+            digit = rest // width[:, dim]
+            rest -= digit * width[:, dim]
+            index[:, dim] = digit
+        if not self._is_ordered:
+            index = np.take_along_axis(index, self._places[candidate], axis=1)
+        # Rows step over the elements of a piece: by its stride or a multiple of it.
+        many = n > 1
+        piece_stride = np.maximum(pieces.stride[candidate], 1)
+        factor = np.where(many, stride // piece_stride, 1)
+        # Division, not a product, tells whether the row ends inside: rows may hold any numbers.
+        good = (~many | ((factor >= 1) & (factor * piece_stride == stride) & (piece_n > 1))) & (
+            (index >= 0) & (n - 1 <= (piece_n - 1 - index) // np.maximum(factor, 1))
+        )
+        lo = pieces.lo[candidate] + piece_step * index
+        return all_dims(good) & (rest == 0), lo, np.where(many, piece_step * factor, 1)

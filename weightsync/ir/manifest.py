@@ -1,0 +1,285 @@
+"""Manifests: what the ranks of one side hold or need, as tables without addresses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsync.errors import ConfigError, LayoutError
+from weightsync.ir import manifest_checks, serde
+from weightsync.ir.dtypes import ITEMSIZE
+from weightsync.ir.pieces import CONSTANT, PieceTable, sorted_pieces
+from weightsync.ir.tables import MAX_DIMS, IntArray, Table
+
+__all__ = ["ARENA_ALIGN_BYTES", "Arena", "BufferTable", "Manifest", "Side", "TensorTable"]
+
+Side = Literal["source", "sink"]
+
+ARENA_ALIGN_BYTES = 256  # alignment that GPU copies and wide CPU stores like
+_MAX_NUMEL = (
+    1 << 47
+)  # 140 T elements: products of two such bounds are checked, sums cannot overflow
+_MAX_STEP = 1 << 31  # lcm of two steps stays below 2**62
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TensorTable(Table):
+    """Canonical tensors, sorted by name.
+
+    Attributes:
+        names: Names of the Hugging Face checkpoint.
+        shape: `(T, 4)`, front-padded with 1.
+        ndim: Dims of each tensor, 1..4 (a scalar is a tensor of shape (1,)).
+    """
+
+    names: tuple[str, ...]
+    shape: IntArray
+    ndim: NDArray[np.uint8]
+
+    COLUMNS: ClassVar[dict[str, tuple[Any, int]]] = {
+        "shape": (np.int64, MAX_DIMS),
+        "ndim": (np.uint8, 0),
+    }
+
+    @functools.cached_property
+    def index(self) -> dict[str, int]:
+        """Number of each tensor by name."""
+        return {name: number for number, name in enumerate(self.names)}
+
+    def box_text(self, tensor: int, lo: IntArray, n: IntArray, step: IntArray) -> str:
+        """Return a box of one tensor as text for messages, in numpy's slice notation."""
+        first = MAX_DIMS - int(self.ndim[tensor])
+        dims = zip(lo[first:].tolist(), n[first:].tolist(), step[first:].tolist(), strict=True)
+        return "[" + ", ".join(
+            f"{a}:{a + (k - 1) * s + 1}" + (f":{s}" if s > 1 else "") for a, k, s in dims
+        ) + "]"  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BufferTable(Table):
+    """Memory of all ranks, sorted by (rank, name).
+
+    Attributes:
+        names: Buffer names, unique inside a rank.
+        rank: Index into the manifest's ranks.
+        dtype: `Dtype` of the elements.
+        numel: Elements.
+    """
+
+    names: tuple[str, ...]
+    rank: NDArray[np.int32]
+    dtype: NDArray[np.uint8]
+    numel: IntArray
+
+    COLUMNS: ClassVar[dict[str, tuple[Any, int]]] = {
+        "rank": (np.int32, 0),
+        "dtype": (np.uint8, 0),
+        "numel": (np.int64, 0),
+    }
+
+    @property
+    def itemsize(self) -> IntArray:
+        """Bytes of one element of each buffer."""
+        return ITEMSIZE[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Manifest:
+    """All tensors of one side with their layouts; frozen, validated, canonically sorted.
+
+    Build one with `ManifestBuilder` and join the ranks of a side with `Manifest.merge`. Equal
+    content gives equal bytes and an equal digest, whatever the order it was declared in.
+
+    Attributes:
+        side: "source" (holds weights) or "sink" (needs them).
+        ranks: Label of each rank for messages, e.g. "source 3".
+        tensors, buffers, pieces: The tables.
+
+    Raises:
+        LayoutError: A piece leaves its tensor or buffer, or a table is not in canonical order.
+        CoverageError: A sink buffer is not covered exactly once by its pieces.
+    """
+
+    side: Side
+    ranks: tuple[str, ...]
+    tensors: TensorTable
+    buffers: BufferTable
+    pieces: PieceTable
+
+    def __post_init__(self) -> None:
+        manifest_checks.check_labels(self)
+        manifest_checks.check_pieces(self)
+        if self.side == "sink":
+            manifest_checks.check_cover(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the canonical bytes, in hex."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @functools.cached_property
+    def arena_offset_bytes(self) -> IntArray:
+        """Offset of each buffer inside the arena of its rank, `(B,)` bytes, 256-byte aligned."""
+        nbytes = self.buffers.numel * self.buffers.itemsize
+        padded = -(-nbytes // ARENA_ALIGN_BYTES) * ARENA_ALIGN_BYTES
+        before = np.cumsum(padded) - padded
+        first = np.searchsorted(self.buffers.rank, self.buffers.rank)  # first buffer of the rank
+        offset: IntArray = before - before[first]
+        return offset
+
+    def arena_nbytes(self, rank: int) -> int:
+        """Return the length of a rank's arena in bytes, without padding at the end."""
+        last = int(np.searchsorted(self.buffers.rank, rank, side="right")) - 1
+        if last < 0 or self.buffers.rank[last] != rank:
+            return 0
+        numel = int(self.buffers.numel[last]) * int(self.buffers.itemsize[last])
+        return int(self.arena_offset_bytes[last]) + numel
+
+    def buffers_of(self, rank: int) -> IntArray:
+        """Return the indices of a rank's buffers, in order."""
+        first, last = np.searchsorted(self.buffers.rank, [rank, rank + 1])
+        return np.arange(first, last)
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical serialisation (see `weightsync.ir.serde`)."""
+        header = {
+            "side": self.side,
+            "ranks": self.ranks,
+            "tensors": self.tensors.names,
+            "buffers": self.buffers.names,
+        }
+        return serde.pack(
+            "weightsync.manifest/1", header, (self.tensors, self.buffers, self.pieces)
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Manifest:
+        """Read `to_bytes`; everything is validated, so bytes of a stranger are safe to read.
+
+        Raises:
+            ConfigError: Not a manifest, or one larger than the limits.
+            LayoutError: A manifest that contradicts itself.
+        """
+        header, columns = serde.unpack(
+            "weightsync.manifest/1", data, (TensorTable, BufferTable, PieceTable)
+        )
+        if set(header) != {"side", "ranks", "tensors", "buffers"}:
+            raise ConfigError(f"manifest header has the wrong keys: {sorted(header)}")
+        names = {key: serde.names(header, key) for key in ("ranks", "tensors", "buffers")}
+        if header["side"] not in ("source", "sink"):
+            raise ConfigError(f"manifest of unknown side {header['side']!r}")
+        return cls(
+            side=header["side"],
+            ranks=names["ranks"],
+            tensors=TensorTable(names["tensors"], **columns[0]),
+            buffers=BufferTable(names["buffers"], **columns[1]),
+            pieces=PieceTable(**columns[2]),
+        )
+
+    @classmethod
+    def merge(cls, side: Side, manifests: Sequence[Manifest]) -> Manifest:
+        """Join manifests of one side; their ranks are numbered in the order given.
+
+        Raises:
+            LayoutError: Manifests of the other side, labels that occur twice, or a tensor with
+                two shapes; names the tensor and both ranks.
+        """
+        for manifest in manifests:
+            if manifest.side != side:
+                label = ", ".join(manifest.ranks)
+                raise LayoutError(f"{label} is a {manifest.side}, not a {side}", rank=label)
+        names = sorted(set().union(*(m.tensors.names for m in manifests)))
+        shape = np.zeros((len(names), MAX_DIMS), np.int64)
+        ndim = np.zeros(len(names), np.uint8)
+        owner = np.full(len(names), -1)
+        number = {name: i for i, name in enumerate(names)}
+        pieces = []
+        last: tuple[tuple[str, ...], IntArray] = ((), np.zeros(0, np.int64))
+        num_ranks = num_buffers = 0
+        for position, manifest in enumerate(manifests):
+            table = manifest.tensors
+            if table.names != last[0]:  # ranks of one mesh nearly always name the same tensors
+                last = (table.names, np.array([number[name] for name in table.names], np.int64))
+            ids = last[1]
+            known = owner[ids] >= 0
+            differs = (shape[ids] != table.shape).any(axis=1) | (ndim[ids] != table.ndim)
+            for clash in np.flatnonzero(known & differs)[:1]:
+                other = manifests[int(owner[ids[clash]])]
+                _raise_shapes(table.names[clash], other, manifest)
+            new = ids[~known]
+            owner[new] = position
+            shape[new], ndim[new] = table.shape[~known], table.ndim[~known]
+            columns = {name: getattr(manifest.pieces, name) for name in PieceTable.COLUMNS}
+            tensor = manifest.pieces.tensor
+            if len(ids):
+                columns["tensor"] = np.where(tensor == CONSTANT, CONSTANT, ids[tensor])
+            columns["buffer"] = manifest.pieces.buffer + num_buffers
+            pieces.append(PieceTable(**columns))
+            num_ranks += len(manifest.ranks)
+            num_buffers += len(manifest.buffers)
+        rank_starts = np.cumsum([0] + [len(m.ranks) for m in manifests])
+        buffers = [
+            dataclasses.replace(m.buffers, names=(), rank=m.buffers.rank + start)
+            for m, start in zip(manifests, rank_starts, strict=False)
+        ]
+        columns = {
+            c: np.concatenate([np.zeros(0, t), *(getattr(b, c) for b in buffers)])
+            for c, (t, _) in BufferTable.COLUMNS.items()
+        }
+        return cls(
+            side=side,
+            ranks=tuple(label for m in manifests for label in m.ranks),
+            tensors=TensorTable(tuple(names), shape, ndim),
+            buffers=BufferTable(tuple(n for m in manifests for n in m.buffers.names), **columns),
+            pieces=sorted_pieces(PieceTable.concat(pieces)),
+        )
+
+
+class Arena:
+    """One rank's buffers as one address space, without addresses.
+
+    Both sides of a transfer compute the same arena from the same manifest, so a write names a place
+    in a sink's memory as an arena offset and no address ever crosses the wire.
+
+    Args:
+        manifest: A side, merged or not.
+        rank: Index into `manifest.ranks`.
+
+    Attributes:
+        buffers: Indices of the rank's buffers in the manifest, in order, `(B_rank,)`.
+        offset_bytes: 256-byte aligned arena offset of each, `(B_rank,)`.
+        nbytes: Length of the arena in bytes.
+    """
+
+    def __init__(self, manifest: Manifest, rank: int) -> None:
+        self.buffers: Final[IntArray] = manifest.buffers_of(rank)
+        self.offset_bytes: Final[IntArray] = manifest.arena_offset_bytes[self.buffers]
+        self.nbytes: Final[int] = manifest.arena_nbytes(rank)
+
+
+def _raise_shapes(name: str, first: Manifest, second: Manifest) -> None:
+    """Report a tensor that two manifests declare with different shapes."""
+    shapes = []
+    for manifest in (first, second):
+        index = manifest.tensors.index[name]
+        dims = int(manifest.tensors.ndim[index])
+        shapes.append(tuple(manifest.tensors.shape[index, MAX_DIMS - dims :].tolist()))
+    labels = [", ".join(m.ranks) for m in (first, second)]
+    raise LayoutError(
+        f"tensor {name} has shape {shapes[0]} on {labels[0]} but {shapes[1]} on {labels[1]}; "
+        "all ranks must state the canonical (unsharded) shape",
+        tensor=name,
+        ranks=labels,
+    )

@@ -1,0 +1,287 @@
+"""A plan proves itself: recomputed from its tables and manifests, with no planner code.
+
+`validate_structure` proves the budgets, the consistency of rows, chunks and buckets, and that every
+sink byte is written exactly once. `validate_content` proves that each row moves the elements it
+claims: both sides locate the row in their own pieces and must agree.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from weightsync.errors import CoverageError, PlanBudgetError, PlanError
+from weightsync.ir.cover import covers_once
+from weightsync.ir.dtypes import CAST_TABLE
+from weightsync.ir.locate import BLOCK_ROWS, Locator
+from weightsync.ir.manifest import Manifest
+from weightsync.ir.pieces import CONSTANT, hull_elements
+from weightsync.ir.plan import Plan, RowKind
+from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, any_dim, volume_of
+
+__all__ = ["validate_content", "validate_structure"]
+
+
+def validate_structure(plan: Plan) -> None:
+    """Prove budgets, consistency of the tables and exact cover of every sink byte.
+
+    Raises:
+        CoverageError: A sink byte is written never or twice; names the sink and a tensor.
+        PlanBudgetError: A chunk or bucket exceeds the plan's own options.
+        PlanError: The tables contradict each other or the manifests.
+    """
+    _check_rows(plan)
+    _check_nesting(plan)
+    _check_chunks(plan)
+    _check_budgets(plan)
+    _check_constants(plan)
+    _check_edges(plan)
+    _check_cover(plan)
+
+
+def validate_content(plan: Plan) -> None:
+    """Prove that every COPY row moves the same canonical elements on both sides.
+
+    Expects a plan that passed `validate_structure`.
+
+    Raises:
+        PlanError: A row lies in no piece of its tensor, or the two sides disagree.
+    """
+    rows = plan.rows
+    copies = int(np.searchsorted(rows.kind, RowKind.CONST))
+    src, dst = Locator(plan.source, with_tensor=True), Locator(plan.sink, with_tensor=True)
+    for first in range(0, copies, BLOCK_ROWS):
+        at = slice(first, min(first + BLOCK_ROWS, copies))
+        tensor, n = rows.tensor[at], rows.n[at]
+        src_piece, src_lo, src_step = src.locate(
+            rows.src_buffer[at],
+            plan.tensor_in_source[tensor],
+            rows.src_offset[at],
+            n,
+            rows.src_stride[at],
+        )
+        _refuse(plan, src_piece < 0, "reads what no piece of its source holds", first)
+        dst_piece, dst_lo, dst_step = dst.locate(
+            rows.dst_buffer[at], tensor, rows.dst_offset[at], n, rows.dst_stride[at]
+        )
+        _refuse(plan, dst_piece < 0, "writes where no piece of its tensor is", first)
+        differs = (src_lo != dst_lo) | (src_step != dst_step)
+        _refuse(plan, any_dim(differs), "reads other elements of the tensor than it writes", first)
+
+
+def _refuse(plan: Plan, bad: BoolArray, fault: str, first: int = 0) -> None:
+    """Raise PlanError for the first bad row, naming tensor and ranks; `bad` starts at `first`."""
+    for row in first + np.flatnonzero(bad)[:1]:
+        rows = plan.rows
+        tensor, src, dst = (int(c[row]) for c in (rows.tensor, rows.src_buffer, rows.dst_buffer))
+        name = plan.sink.tensors.names[tensor] if 0 <= tensor < len(plan.sink.tensors) else None
+        labels = [
+            side.ranks[int(side.buffers.rank[b])] if 0 <= b < len(side.buffers) else None
+            for side, b in ((plan.source, src), (plan.sink, dst))
+        ]
+        raise PlanError(
+            f"row {row} ({name or 'constant'}, {labels[0] or 'no source'} to "
+            f"{labels[1] or 'no sink'}) {fault}; the plan was changed or is a bug of the planner",
+            tensor=name,
+            rank=labels[1],
+            side="sink",
+            source=labels[0],
+            row=int(row),
+        )
+
+
+def _check_rows(plan: Plan) -> None:
+    """Check kinds, indices and ranges of rows."""
+    rows, source, sink = plan.rows, plan.source, plan.sink
+    unbuilt = np.flatnonzero(rows.kind > RowKind.CONST)
+    if len(unbuilt):
+        kind = int(rows.kind[unbuilt[0]])
+        name = RowKind(kind).name if kind in set(RowKind) else str(kind)
+        raise PlanError(f"row {unbuilt[0]} is of kind {name}, which this release does not build")
+    if (rows.kind[1:] < rows.kind[:-1]).any():
+        raise PlanError("rows that the sink does by itself (CONST) must come after all others")
+    copy = rows.kind == RowKind.COPY
+    _refuse(plan, any_dim(rows.n < 1), "has no elements")
+    _refuse(plan, _outside(rows.dst_buffer, len(sink.buffers)), "has no sink buffer")
+    _refuse(plan, copy & _outside(rows.src_buffer, len(source.buffers)), "has no source buffer")
+    _refuse(plan, copy & _outside(rows.tensor, len(sink.tensors)), "has no tensor")
+    _refuse(plan, ~copy & ((rows.tensor != CONSTANT) | (rows.src_buffer != -1)), "is no constant")
+    single = (rows.n == 1) & ((rows.src_stride != 0) | (rows.dst_stride != 0))
+    negative = (rows.src_stride < 0) | (rows.dst_stride < 0)
+    _refuse(plan, any_dim(single | negative), "has strides that are not canonical")
+    _refuse(
+        plan,
+        _leaves(rows.dst_offset, rows.n, rows.dst_stride, rows.dst_buffer, sink),
+        "leaves its sink buffer",
+    )
+    if not copy.any():
+        return
+    at = slice(0, int(np.count_nonzero(copy)))
+    src_buffer, n, stride = rows.src_buffer[at], rows.n[at], rows.src_stride[at]
+    _refuse(
+        plan,
+        _leaves(rows.src_offset[at], n, stride, src_buffer, source),
+        "leaves its source buffer",
+    )
+    absent = plan.tensor_in_source[rows.tensor[at]] < 0
+    _refuse(plan, absent, "is of a tensor that the source lacks")
+    pair = source.buffers.dtype[src_buffer], sink.buffers.dtype[rows.dst_buffer[at]]
+    _refuse(plan, np.asarray(~CAST_TABLE[pair]), "needs a cast that does not exist")
+
+
+def _leaves(
+    offset: IntArray, n: IntArray, stride: IntArray, buffer: NDArray[Any], side: Manifest
+) -> BoolArray:
+    """Tell which rows leave their buffer; in floats, since rows from outside may overflow."""
+    last = offset.astype(np.float64)
+    for dim in range(MAX_DIMS):
+        last += (n[:, dim] - 1) * stride[:, dim].astype(np.float64)
+    return np.asarray((offset < 0) | (last >= side.buffers.numel[buffer]))
+
+
+def _check_nesting(plan: Plan) -> None:
+    """Check that rows, chunks and buckets follow one another without gaps."""
+    rows, chunks, buckets = plan.rows, plan.chunks, plan.buckets
+    copies = int(np.count_nonzero(rows.kind == RowKind.COPY))
+    ordered = bool((rows.chunk[copies:] == -1).all())
+    tiled = _tiles(chunks.row_lo, chunks.row_hi, copies)
+    tiled &= _tiles(buckets.chunk_lo, buckets.chunk_hi, len(chunks))
+    if not (ordered and tiled):
+        raise PlanError("rows, chunks and buckets do not follow one another without gaps")
+    owner = np.repeat(np.arange(len(chunks)), chunks.row_hi - chunks.row_lo)
+    _refuse(plan, rows.chunk[:copies] != owner, "belongs to another chunk than it says")
+    bucket = np.repeat(np.arange(len(buckets)), buckets.chunk_hi - buckets.chunk_lo)
+    number = np.arange(len(chunks)) - buckets.chunk_lo[bucket]
+    if not (np.array_equal(bucket, chunks.bucket) and np.array_equal(number, chunks.number)):
+        raise PlanError("a chunk belongs to another bucket or place than it says")
+    known = ~_outside(buckets.src_rank, len(plan.source.ranks))
+    known &= ~_outside(buckets.dst_rank, len(plan.sink.ranks))
+    if not known.all() or (np.diff(buckets.src_rank) < 0).any():
+        raise PlanError("a bucket has an unknown rank, or buckets are not sorted by source")
+    row_bucket = bucket[owner]
+    wrong_source = (
+        plan.source.buffers.rank[rows.src_buffer[:copies]] != buckets.src_rank[row_bucket]
+    )
+    wrong_sink = plan.sink.buffers.rank[rows.dst_buffer[:copies]] != buckets.dst_rank[row_bucket]
+    _refuse(plan, wrong_source | wrong_sink, "is in a bucket of other ranks")
+
+
+def _check_chunks(plan: Plan) -> None:
+    """Check that each chunk is exactly the destination range of its rows."""
+    rows, chunks, sink = plan.rows, plan.chunks, plan.sink
+    copies = len(rows) if not len(chunks) else int(chunks.row_hi[-1])
+    if not len(chunks):
+        return
+    chunk, buffer = rows.chunk[:copies], rows.dst_buffer[:copies]
+    n, dst_stride, src_stride = rows.n[:copies], rows.dst_stride[:copies], rows.src_stride[:copies]
+    itemsize = sink.buffers.itemsize[buffer]
+    _refuse(plan, buffer != buffer[chunks.row_lo[chunk]], "is in a chunk of another buffer")
+    start = sink.arena_offset_bytes[buffer] + rows.dst_offset[:copies] * itemsize
+    end = start + hull_elements(n, dst_stride) * itemsize
+    range_end = chunks.dst_offset + chunks.nbytes
+    _refuse(plan, (start < chunks.dst_offset[chunk]) | (end > range_end[chunk]), "leaves its chunk")
+    nbytes = np.add.reduceat(volume_of(n) * itemsize, chunks.row_lo)
+    short = np.flatnonzero(nbytes != chunks.nbytes)
+    if len(short):
+        raise PlanError(
+            f"chunk {short[0]} is {chunks.nbytes[short[0]]} bytes but its rows {nbytes[short[0]]}"
+        )
+    direct = ~chunks.is_packed[chunk]
+    straight = all_dims(src_stride == dst_stride)
+    straight &= hull_elements(n, dst_stride) == volume_of(n)
+    same = plan.source.buffers.dtype[rows.src_buffer[:copies]] == sink.buffers.dtype[buffer]
+    _refuse(plan, direct & ~(straight & same), "is not contiguous on both sides, yet not packed")
+    alone = (chunks.row_hi - chunks.row_lo == 1)[chunk]
+    _refuse(plan, direct & ~alone, "shares a chunk that is not packed")
+
+
+def _check_budgets(plan: Plan) -> None:
+    """Check chunks and buckets against the options and their own sums."""
+    chunks, buckets, options = plan.chunks, plan.buckets, plan.options
+    if not len(buckets):
+        return
+    staged = np.where(chunks.is_packed, chunks.nbytes, 0)
+    nbytes = np.add.reduceat(chunks.nbytes, buckets.chunk_lo)
+    staging = np.add.reduceat(staged, buckets.chunk_lo)
+    if not (
+        np.array_equal(nbytes, buckets.nbytes) and np.array_equal(staging, buckets.staging_bytes)
+    ):
+        raise PlanError("a bucket's bytes are not the sum of its chunks")
+    for what, value, limit in (
+        ("bytes of a chunk", chunks.nbytes, options.write_bytes),
+        ("bytes of a packed chunk", staged, options.packed_bytes),
+        ("bytes of a bucket", nbytes, options.bucket_bytes),
+        ("staging bytes of a bucket", staging, options.slot_bytes),
+        ("chunks of a bucket", buckets.chunk_hi - buckets.chunk_lo, options.max_chunks_per_bucket),
+        ("rows", np.array([len(plan.rows)]), options.max_rows),
+    ):
+        if int(value.max()) > limit:
+            raise PlanBudgetError(f"{what}: {int(value.max())}, but the options allow {limit}")
+
+
+def _check_constants(plan: Plan) -> None:
+    """Check that CONST rows are exactly the sink's constant pieces."""
+    rows, pieces = plan.rows, plan.sink.pieces
+    first = int(np.searchsorted(rows.kind, RowKind.CONST))
+    piece = rows.src_offset[first:]
+    expected = np.flatnonzero(pieces.tensor == CONSTANT)
+    if not np.array_equal(np.sort(piece), expected):
+        raise PlanError("the constant rows are not the constants of the sink's manifest")
+    for column, of_piece in (
+        (rows.dst_buffer, pieces.buffer),
+        (rows.dst_offset, pieces.offset),
+        (rows.n, pieces.n),
+        (rows.dst_stride, pieces.stride),
+    ):
+        if not np.array_equal(column[first:], of_piece[piece]):
+            raise PlanError("a constant row differs from its piece in the sink's manifest")
+
+
+def _check_edges(plan: Plan) -> None:
+    """Check that the edges are in range and form no cycle."""
+    edges = plan.edges
+    if not len(edges):
+        return
+    if _outside(edges, len(plan.rows)).any() or (edges[:, 0] == edges[:, 1]).any():
+        raise PlanError("an edge names an unknown row or joins a row to itself")
+    names, compact = np.unique(edges, return_inverse=True)
+    pairs = compact.reshape(edges.shape)
+    graph = coo_array(
+        (np.ones(len(edges), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(len(names), len(names))
+    )
+    num_components, _ = connected_components(graph.tocsr(), directed=True, connection="strong")
+    if num_components != len(names):
+        raise PlanError("the edges form a cycle: no order of rows satisfies them")
+
+
+def _check_cover(plan: Plan) -> None:
+    """Check that every element of every sink buffer is written exactly once."""
+    rows, sink = plan.rows, plan.sink
+    owner = rows.dst_buffer.astype(np.int64)
+    good = covers_once(owner, rows.dst_offset, rows.n, rows.dst_stride, sink.buffers.numel)
+    for buffer in np.flatnonzero(~good)[:1]:
+        written = int(volume_of(rows.n[owner == buffer]).sum())
+        rank = sink.ranks[int(sink.buffers.rank[buffer])]
+        of_buffer = sink.pieces.tensor[sink.pieces.buffer == buffer]
+        tensors = [sink.tensors.names[t] for t in of_buffer[of_buffer != CONSTANT][:1]]
+        raise CoverageError(
+            f"{rank}: rows write {written} elements of buffer {sink.buffers.names[buffer]}, which "
+            f"has {sink.buffers.numel[buffer]}; each must be written exactly once",
+            tensor=tensors[0] if tensors else None,
+            rank=rank,
+            side="sink",
+        )
+
+
+def _outside(index: NDArray[Any], length: int) -> BoolArray:
+    return np.asarray((index < 0) | (index >= length))
+
+
+def _tiles(lo: IntArray, hi: IntArray, length: int) -> bool:
+    """Whether non-empty ranges follow one another from 0 to length."""
+    bounds = np.append(lo, length)
+    return bool(bounds[0] == 0 and (hi == bounds[1:]).all() and (hi > lo).all())

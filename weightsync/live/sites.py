@@ -1,0 +1,252 @@
+"""Sites: where live PyTorch weights lie in this process's memory, each place once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from weightsync.errors import LayoutError
+from weightsync.ir.dtypes import Dtype
+
+__all__ = ["Site", "Weights", "live_sites", "skipped_buffers", "unwrapped"]
+
+Weights = nn.Module | Mapping[str, Tensor]
+Index = tuple[int, ...]
+
+_MAX_DIMS = 4
+_DTYPES = {
+    torch.bool: Dtype.BOOL,
+    torch.uint8: Dtype.U8,
+    torch.int8: Dtype.I8,
+    torch.float8_e4m3fn: Dtype.F8_E4M3,
+    torch.float8_e5m2: Dtype.F8_E5M2,
+    torch.uint16: Dtype.U16,
+    torch.int16: Dtype.I16,
+    torch.float16: Dtype.F16,
+    torch.bfloat16: Dtype.BF16,
+    torch.uint32: Dtype.U32,
+    torch.int32: Dtype.I32,
+    torch.float32: Dtype.F32,
+    torch.uint64: Dtype.U64,
+    torch.int64: Dtype.I64,
+    torch.float64: Dtype.F64,
+}
+# Wrappers that put a word into every name below them without changing the weights.
+_WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Local memory that holds a box of a parameter, and every name that leads to it.
+
+    Args:
+        names: Names of the parameter; more than one if weights are tied.
+        shape: Shape of the whole parameter; a scalar has shape (1,).
+        lo: First element held here.
+        n: Elements held here along each dimension; none is zero.
+        stride: Strides of the memory, in elements.
+        local: The memory, from its first element on; detached.
+        dtype: Type of the elements.
+        num_writes: How often PyTorch wrote to the memory in place, through any of the names; only
+            differences mean something.
+    """
+
+    names: tuple[str, ...]
+    shape: Index
+    lo: Index
+    n: Index
+    stride: Index
+    local: Tensor
+    dtype: Dtype
+    num_writes: int
+
+
+def live_sites(weights: Weights) -> list[Site]:
+    """Lists the memory of this process that holds weights a checkpoint would store.
+
+    FSDP modules that are unsharded at this moment are resharded first. Nothing is copied or
+    communicated.
+
+    Args:
+        weights: The module, or tensors by parameter name.
+
+    Returns:
+        One site for every piece of memory, empty shards left out, in the order of the names.
+
+    Raises:
+        LayoutError: A tensor cannot be described; the message names it and says what can.
+    """
+    found: dict[Any, Site] = {}
+    for name, tensor in _named_tensors(weights):
+        site = _site(name, tensor)
+        if site is None:
+            continue
+        # Tensors on the meta device have no address; only the same object is the same memory.
+        is_meta = site.local.device.type == "meta"
+        address = id(tensor) if is_meta else site.local.data_ptr()
+        key = (address, site.local.device, site.shape, site.lo, site.n, site.stride, site.dtype)
+        if key in found:
+            num_writes = found[key].num_writes + site.num_writes
+            site = replace(found[key], names=(*found[key].names, name), num_writes=num_writes)
+        found[key] = site
+    return list(found.values())
+
+
+def skipped_buffers(weights: Weights) -> tuple[str, ...]:
+    """Lists buffers that no checkpoint stores and that therefore are not moved.
+
+    Args:
+        weights: The module, or tensors by parameter name.
+
+    Returns:
+        Names of the non-persistent buffers; none for a mapping.
+    """
+    if not isinstance(weights, nn.Module):
+        return ()
+    buffers = _named_buffers(unwrapped(weights))
+    return tuple(name for name, _, is_persistent in buffers if not is_persistent)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Looks through DistributedDataParallel.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The module that holds the weights under their own names.
+    """
+    while isinstance(module, DistributedDataParallel):
+        module = module.module
+    return module
+
+
+def _named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """Lists what a checkpoint would store; tied weights under every name."""
+    if not isinstance(weights, nn.Module):
+        yield from weights.items()
+        return
+    module = unwrapped(weights)
+    for child in module.modules():
+        if isinstance(child, FullyShardedDataParallel):
+            raise LayoutError(
+                "FSDP1 (FullyShardedDataParallel) flattens parameters and is not supported; use "
+                "torch.distributed.fsdp.fully_shard"
+            )
+        if isinstance(child, FSDPModule):
+            child.reshard()  # a no-op where it is sharded
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield _clean(name), parameter
+    for name, buffer, is_persistent in _named_buffers(module):
+        if is_persistent:
+            yield name, buffer
+
+
+def _named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        for name, buffer in child.named_buffers(recurse=False, remove_duplicate=False):
+            is_persistent = name not in child._non_persistent_buffers_set
+            yield _clean(f"{prefix}.{name}" if prefix else name), buffer, is_persistent
+
+
+def _clean(name: str) -> str:
+    for word in _WRAPPER_NAMES:
+        name = name.replace(word, "")
+    return name
+
+
+def _site(name: str, tensor: Tensor) -> Site | None:
+    """Describes the local memory of one tensor; None if nothing of it is here."""
+    if hasattr(tensor, "ds_tensor"):  # its own shape is (0,) while it is partitioned
+        raise LayoutError(f"{name} is partitioned by DeepSpeed ZeRO-3: not built yet", tensor=name)
+    shape = tuple(tensor.shape) or (1,)
+    lo: Index | None = (0,) * len(shape)
+    n = shape
+    local = tensor.detach()
+    if isinstance(tensor, DTensor):
+        lo, n = _local_box(name, tensor)
+        with torch.no_grad():  # with gradients on, to_local() puts a node into the graph
+            local = tensor.to_local().detach()
+    _check(name, local)
+    if lo is None or 0 in n:
+        return None
+    if (tuple(local.shape) or (1,)) != n:
+        raise LayoutError(
+            f"{name}: its placements give this rank the shape {n}, but the local tensor has "
+            f"{tuple(local.shape)}",
+            tensor=name,
+        )
+    stride = tuple(local.stride()) or (1,)
+    # An optimizer's step on a DTensor counts up the DTensor alone, not the local tensor inside.
+    num_writes = _num_writes(local) + (_num_writes(tensor) if isinstance(tensor, DTensor) else 0)
+    return Site((name,), shape, lo, n, stride, local, _DTYPES[local.dtype], num_writes)
+
+
+def _num_writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors do not count
+
+
+def _check(name: str, local: Tensor) -> None:
+    """Refuses tensors whose elements are not plainly in strided memory."""
+    if local.ndim > _MAX_DIMS:
+        raise LayoutError(
+            f"{name} has {local.ndim} dimensions; at most {_MAX_DIMS} are supported", tensor=name
+        )
+    if local.dtype not in _DTYPES:
+        raise LayoutError(f"{name} has dtype {local.dtype}, which is not supported", tensor=name)
+    is_wrapper = is_traceable_wrapper_subclass(local)
+    if is_wrapper or local.layout != torch.strided:
+        raise LayoutError(
+            f"{name} is a {type(local).__name__} with layout {local.layout}; only plain strided "
+            "tensors and DTensors of them are supported",
+            tensor=name,
+        )
+    expanded = [n for n, stride in zip(local.shape, local.stride(), strict=True) if not stride]
+    if any(n > 1 for n in expanded):
+        raise LayoutError(
+            f"{name} is expanded: several of its elements share memory; make it contiguous",
+            tensor=name,
+        )
+
+
+def _local_box(name: str, tensor: DTensor) -> tuple[Index | None, Index]:
+    """The box of the whole tensor that this process holds: first element and size."""
+    _check_placements(name, tensor)
+    lo, n = [0] * tensor.ndim, list(tensor.shape)
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return None, tuple(n)  # this process is not in the mesh
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            # Chunks of ceil(n / size), the last ones short or empty; outer axes cut first.
+            dim = placement.dim
+            chunk = -(-n[dim] // tensor.device_mesh.size(axis))
+            start = min(coordinate[axis] * chunk, n[dim])
+            lo[dim] += start
+            n[dim] = min(chunk, n[dim] - start)
+    return tuple(lo) or (0,), tuple(n) or (1,)
+
+
+def _check_placements(name: str, tensor: DTensor) -> None:
+    # Newer torch can cut one dimension along several axes in another order than the mesh's.
+    order = getattr(tensor._spec, "shard_order", None)
+    if order is None:
+        order = ()
+    in_order = all(list(entry.mesh_dims) == sorted(entry.mesh_dims) for entry in order)
+    # Exact types: older torch makes _StridedShard a Shard, which it is not for us.
+    if in_order and all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
+        return
+    raise LayoutError(
+        f"{name} has placements {tensor.placements}; supported are Shard(dim) and Replicate(), cut "
+        "in the order of the mesh axes (FSDP2 and HSDP; FSDP2 with tensor parallelism is not "
+        "built yet)",
+        tensor=name,
+    )

@@ -1,0 +1,1 @@
+"""The control plane: coordinator, its pure core, its journal, and the members' sessions."""

@@ -1,0 +1,296 @@
+"""The coordinator: a gRPC server around the pure `CoordinatorCore`.
+
+One thread runs one asyncio loop that owns the core, the journal and all streams, so there are
+no locks. Planning runs on a worker thread. The service listens on a Unix socket, whose
+directory only its owner may enter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+
+import grpc
+
+from weightsync import failpoints
+from weightsync.errors import ConfigError, InternalError, WeightSyncError
+from weightsync.ir.plan import PlanOptions
+from weightsync.service import weightsync_pb2 as pb
+from weightsync.service import weightsync_pb2_grpc as rpc
+from weightsync.service.core import CoordinatorCore
+from weightsync.service.core_types import (
+    Action,
+    CoreOptions,
+    Disconnect,
+    MakePlan,
+    Persist,
+    Send,
+)
+from weightsync.service.journal import Journal
+from weightsync.service.planning import make_plan
+
+__all__ = ["CHANNEL_OPTIONS", "Coordinator", "socket_path"]
+
+_log = logging.getLogger(__name__)
+
+# Manifests of a trillion parameters are tens of megabytes; the default limit is 4 MiB.
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 1 << 30),
+    ("grpc.max_send_message_length", 1 << 30),
+]
+_START_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 10.0
+
+
+def socket_path(url: str) -> Path:
+    """The path of a `unix:PATH` job URL.
+
+    Raises:
+        ConfigError: Another kind of URL.
+    """
+    scheme, _, rest = url.partition(":")
+    if scheme != "unix" or not rest:
+        raise ConfigError(f"job url {url!r}: this version serves unix:PATH only")
+    return Path(rest)
+
+
+class Coordinator:
+    """Hosts one job in this process until `close`.
+
+    Args:
+        url: `unix:PATH`, or None for a socket in a fresh private directory.
+        journal: SQLite file with the decisions; None keeps them in memory only.
+        options: Rules of the job.
+        plan_options: Budgets of its plans; staging is bounded by the sources besides.
+
+    Raises:
+        ConfigError: The URL is taken, or of an unknown kind.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        journal: Path | None = None,
+        options: CoreOptions | None = None,
+        plan_options: PlanOptions | None = None,
+    ) -> None:
+        self._own_dir: Path | None = None
+        if url is None:
+            self._own_dir = Path(tempfile.mkdtemp(prefix="weightsync-"))
+            url = f"unix:{self._own_dir}/job.sock"
+        self.url = url
+        self._path = socket_path(url)
+        self._options = options if options is not None else CoreOptions()
+        self._plan_options = plan_options if plan_options is not None else PlanOptions()
+        self._journal_path = journal
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._queues: dict[int, asyncio.Queue[pb.CoordinatorMessage | None]] = {}
+        self._next_member = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="weightsync-job", daemon=True)
+        self._thread.start()
+        if not self._started.wait(_START_TIMEOUT_S):
+            raise InternalError(f"the coordinator at {url} did not start in {_START_TIMEOUT_S} s")
+        if self._failure is not None:
+            self._thread.join(_STOP_TIMEOUT_S)
+            self._remove_files()
+            raise self._failure
+
+    def close(self) -> None:
+        """Tell every member that the job ends, stop serving, remove the socket. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join(_STOP_TIMEOUT_S)
+        self._remove_files()
+
+    def __enter__(self) -> Coordinator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- the loop's thread ----
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException as error:
+            # Raised again in the thread that constructs; later failures end the process's job.
+            self._failure = error
+            if self._started.is_set():
+                _log.exception("the coordinator at %s stopped", self.url)
+        finally:
+            self._started.set()
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        self._journal = Journal(self._journal_path)
+        self._core = CoordinatorCore(self._options, self._journal.load())
+        self._take_path()
+        server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        rpc.add_CoordinatorServicer_to_server(_Service(self), server)
+        # The path is removed by us, after the server stopped; umask: only the owner connects.
+        mask = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"unix:{self._path}")
+            await server.start()
+        finally:
+            os.umask(mask)
+        self._started.set()
+        ticker = asyncio.create_task(self._tick())
+        await self._stopping.wait()
+        ticker.cancel()
+        for queue in self._queues.values():
+            queue.put_nowait(pb.CoordinatorMessage(closing=pb.Closing(reason="the job ended")))
+            queue.put_nowait(None)
+        await server.stop(grace=1.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._journal.close()
+
+    def _take_path(self) -> None:
+        if not self._path.parent.is_dir():
+            raise ConfigError(f"job url {self.url}: no directory {self._path.parent}")
+        if self._path.exists():
+            # A socket left by a killed coordinator answers nobody; a living one does.
+            import socket
+
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1.0)
+                try:
+                    probe.connect(str(self._path))
+                except OSError:
+                    self._path.unlink(missing_ok=True)
+                else:
+                    raise ConfigError(f"a job is served at {self.url} already; choose another")
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(min(0.2, self._options.lease_s / 4))
+            self._perform(self._core.tick(time.monotonic()))
+
+    async def _join(
+        self, messages: AsyncIterator[pb.MemberMessage]
+    ) -> AsyncGenerator[pb.CoordinatorMessage, None]:
+        self._next_member += 1
+        member = self._next_member
+        queue: asyncio.Queue[pb.CoordinatorMessage | None] = asyncio.Queue()
+        self._queues[member] = queue
+        reader = asyncio.create_task(self._read(member, messages))
+        try:
+            while (message := await queue.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            self._queues.pop(member, None)
+            self._perform(self._core.lost(time.monotonic(), member))
+
+    async def _read(self, member: int, messages: AsyncIterator[pb.MemberMessage]) -> None:
+        with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
+            async for message in messages:
+                self._perform(self._core.receive(time.monotonic(), member, message))
+        queue = self._queues.get(member)
+        if queue is not None:
+            queue.put_nowait(None)
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                queue = self._queues.get(action.member)
+                if queue is not None:
+                    _pass_failpoint(action.message)
+                    queue.put_nowait(action.message)
+            elif isinstance(action, Disconnect):
+                queue = self._queues.get(action.member)
+                if queue is not None:
+                    queue.put_nowait(None)
+            elif isinstance(action, Persist):
+                failpoints.hit("coordinator.voted")
+                self._journal.record(action.version, commit=action.commit, reason=action.reason)
+                failpoints.hit("coordinator.recorded")
+            else:
+                task = asyncio.create_task(self._plan(action))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _plan(self, action: MakePlan) -> None:
+        failpoints.hit("coordinator.bind")
+        try:
+            planned = await asyncio.to_thread(
+                make_plan,
+                action.sources,
+                action.sinks,
+                _within(self._plan_options, action.staging_bytes),
+            )
+        except WeightSyncError as error:
+            problem = pb.Problem(error=type(error).__name__, message=str(error))
+            actions = self._core.planned(time.monotonic(), action.epoch, problem=problem)
+        except Exception as error:
+            _log.exception("planning epoch %d failed", action.epoch)
+            problem = pb.Problem(error="InternalError", message=f"planning failed: {error!r}")
+            actions = self._core.planned(time.monotonic(), action.epoch, problem=problem)
+        else:
+            actions = self._core.planned(
+                time.monotonic(),
+                action.epoch,
+                digest=planned.plan.digest,
+                shares=planned.shares,
+                options_json=planned.options_json,
+            )
+        self._perform(actions)
+
+    def _remove_files(self) -> None:
+        self._path.unlink(missing_ok=True)
+        if self._own_dir is not None:
+            with contextlib.suppress(OSError):
+                self._own_dir.rmdir()
+
+
+class _Service(rpc.CoordinatorServicer):
+    """Hands gRPC calls to the coordinator; all run on its loop."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def Join(  # noqa: N802 - named by the .proto
+        self, request_iterator: AsyncIterator[pb.MemberMessage], context: object
+    ) -> AsyncIterator[pb.CoordinatorMessage]:
+        async with contextlib.aclosing(self._coordinator._join(request_iterator)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Status(self, request: pb.StatusRequest, context: object) -> pb.StatusReply:  # noqa: N802
+        return self._coordinator._core.status()
+
+
+def _within(options: PlanOptions, staging_bytes: int) -> PlanOptions:
+    """Options whose buckets fit the smallest staging budget; 0 is no bound."""
+    if staging_bytes == 0:
+        return options
+    return dataclasses.replace(options, slot_bytes=min(options.slot_bytes, staging_bytes))
+
+
+def _pass_failpoint(message: pb.CoordinatorMessage) -> None:
+    kind = message.WhichOneof("kind")
+    place = {"opened": "open", "write": "writing", "decide": "decided", "apply": "applying"}.get(
+        kind if kind is not None else ""
+    )
+    if place is not None:
+        failpoints.hit(f"coordinator.{place}")

@@ -1,0 +1,228 @@
+"""Values of the coordinator's core: what it is told to do, its rules, members and versions."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from weightsync.service import weightsync_pb2 as pb
+
+__all__ = [
+    "WIRE_VERSION",
+    "Action",
+    "Binding",
+    "CoreOptions",
+    "Disconnect",
+    "Log",
+    "MakePlan",
+    "Member",
+    "OpenVersion",
+    "Persist",
+    "Phase",
+    "Roster",
+    "Send",
+]
+
+WIRE_VERSION = 1
+
+
+class Phase(enum.Enum):
+    """Where the open version stands. DECIDED and CLOSED are the absence of an open version."""
+
+    OPEN = "open"  # some source has published
+    ARMING = "arming"  # all have; sinks make room
+    WRITING = "writing"
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send `message` to the member on stream `member`."""
+
+    member: int
+    message: pb.CoordinatorMessage
+
+
+@dataclass(frozen=True)
+class Disconnect:
+    """End the stream of `member` after what was sent to it."""
+
+    member: int
+
+
+@dataclass(frozen=True)
+class Persist:
+    """Record a decision durably before any later action is carried out."""
+
+    version: int
+    commit: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class MakePlan:
+    """Plan the transfer between these manifests and answer with `planned`."""
+
+    epoch: int
+    sources: tuple[tuple[str, bytes], ...]
+    sinks: tuple[tuple[str, bytes], ...]
+    staging_bytes: int
+
+
+Action = Send | Disconnect | Persist | MakePlan
+
+
+@dataclass(frozen=True)
+class CoreOptions:
+    """Rules of one job.
+
+    Args:
+        min_replicas: Fewest complete replicas that a version needs to be committed.
+        lease_s: A member that is silent for longer is lost and fenced.
+        timeout_s: Deadline of a version whose publisher names none.
+    """
+
+    min_replicas: int = 1
+    lease_s: float = 10.0
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class Log:
+    """What the coordinator remembers over a restart.
+
+    Args:
+        incarnation: Counts starts of the coordinator.
+        last_version: Newest decided version, 0 for none.
+        committed_version: Newest committed version, 0 for none.
+    """
+
+    incarnation: int = 1
+    last_version: int = 0
+    committed_version: int = 0
+
+
+@dataclass
+class Member:
+    """One joined process and what the core knows of it."""
+
+    id: int
+    hello: pb.Hello
+    last_seen: float
+    state: int = pb.IDLE
+    version: int = 0  # of `state`
+    active: int = 0
+    is_ready: bool = False  # waits in refit to apply `version`
+
+    @property
+    def is_source(self) -> bool:
+        """Whether it publishes."""
+        return self.hello.role == pb.SOURCE
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """Its place in the job: side, replica, rank."""
+        return (self.hello.role, self.hello.replica, self.hello.rank)
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        if self.is_source:
+            return f"source {self.hello.rank}"
+        return f"sink {self.hello.replica}/{self.hello.rank}"
+
+
+@dataclass
+class Binding:
+    """One plan bound to one set of members."""
+
+    epoch: int
+    sources: list[int]  # member ids by source rank
+    sinks: list[int]  # member ids by sink index
+    plan_digest: str = ""
+    ready: set[int] = field(default_factory=set)
+    descriptors: dict[int, bytes] = field(default_factory=dict)
+    connected: set[int] = field(default_factory=set)
+    is_bound: bool = False
+
+
+@dataclass
+class OpenVersion:
+    """The version between its first publish and its decision."""
+
+    version: int
+    tag: str
+    deadline: float
+    phase: Phase = Phase.OPEN
+    binding: Binding | None = None  # set with ARMING; outlives the job's when a sink is lost
+    published: set[int] = field(default_factory=set)
+    replicas: dict[str, list[int]] = field(default_factory=dict)  # still taking part
+    armed: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+    voted: set[int] = field(default_factory=set)
+
+
+class Roster:
+    """Who is here: members by stream, and the groups they make."""
+
+    def __init__(self) -> None:
+        self.members: dict[int, Member] = {}
+
+    def replicas(self) -> dict[str, list[Member]]:
+        """Sink members by replica, each by rank."""
+        found: dict[str, list[Member]] = {}
+        for member in sorted(self.members.values(), key=lambda m: m.key):
+            if not member.is_source:
+                found.setdefault(member.hello.replica, []).append(member)
+        return found
+
+    def replica(self, name: str) -> list[Member]:
+        """The members of one replica, by rank."""
+        return self.replicas().get(name, [])
+
+    def sources(self) -> list[Member]:
+        """Source members, by rank."""
+        return sorted((m for m in self.members.values() if m.is_source), key=lambda m: m.key)
+
+    def complete_sides(self, min_replicas: int) -> tuple[list[int], list[int]] | None:
+        """Streams of all sources and of all complete replicas, or None while some are missing."""
+        sources = self.sources()
+        if not sources or len(sources) != sources[0].hello.world_size:
+            return None
+        complete = [r for r in self.replicas().values() if len(r) == r[0].hello.world_size]
+        if len(complete) < max(1, min_replicas):
+            return None
+        return [m.id for m in sources], [m.id for ranks in complete for m in ranks]
+
+    def identity(self, ids: Iterable[int]) -> frozenset[tuple[tuple[int, str, int], int]]:
+        """Who these streams are, over reconnects of the same processes."""
+        members = [self.members[i] for i in ids]
+        return frozenset((m.key, m.hello.generation) for m in members)
+
+    def join_problem(self, member: Member) -> tuple[str, str] | None:
+        """Error class and text why a member may not join, or None."""
+        hello = member.hello
+        if hello.wire_version != WIRE_VERSION:
+            return (
+                "ConfigError",
+                f"{member.label} speaks wire version {hello.wire_version}, this coordinator "
+                f"{WIRE_VERSION}; install the same weightsync on both",
+            )
+        if hello.rank >= hello.world_size:
+            return "ConfigError", f"{member.label}: rank outside world size {hello.world_size}"
+        for other in self.members.values():
+            if other.hello.role != hello.role or other.hello.replica != hello.replica:
+                continue
+            if other.key == member.key and other.hello.generation != hello.generation:
+                return (
+                    "ConfigError",
+                    f"{member.label} has joined already (generation {other.hello.generation}); "
+                    "give every process its own replica and rank",
+                )
+            if other.hello.world_size != hello.world_size:
+                return (
+                    "ConfigError",
+                    f"{member.label} says world size {hello.world_size}, {other.label} says "
+                    f"{other.hello.world_size}",
+                )
+        return None

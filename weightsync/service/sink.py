@@ -1,0 +1,421 @@
+"""A rollout rank in a job: joins, receives and checks versions, adopts them with its replica."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from weightsync import failpoints
+from weightsync.errors import (
+    FencedError,
+    InternalError,
+    PlanDigestError,
+    TornError,
+    TransferTimeoutError,
+    WeightSyncError,
+)
+from weightsync.runtime.receiver import Receiver
+from weightsync.service import weightsync_pb2 as pb
+from weightsync.service.core_types import WIRE_VERSION
+from weightsync.service.member import Member
+from weightsync.service.planning import PlanCache
+from weightsync.service.session import problem_of, to_error
+
+__all__ = ["SinkHooks", "SinkMember"]
+
+_log = logging.getLogger(__name__)
+
+_DRAIN_S = 5.0
+
+
+class SinkHooks(Protocol):
+    """What an engine does around an in-place update; called on a thread of the sink."""
+
+    def pause(self) -> None:
+        """Stop generating; on return nothing reads the weights."""
+
+    def resume(self, version: int) -> None:
+        """Generate again, from the weights of `version`."""
+
+
+class SinkMember(Member):
+    """See the module.
+
+    Args:
+        url: Job URL.
+        manifest: Serialised manifest of this rank.
+        replica: Name of the replica.
+        rank: Inside the replica.
+        world_size: Ranks of the replica.
+        receiver: Owns the memory.
+        fabric_name: For messages.
+        hooks: Pause and resume for in-place updates without a waiting `refit`.
+        connect_timeout_s: For joining.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        manifest: bytes,
+        replica: str,
+        rank: int,
+        world_size: int,
+        receiver: Receiver,
+        fabric_name: str,
+        hooks: SinkHooks | None,
+        connect_timeout_s: float,
+    ) -> None:
+        super().__init__(url, connect_timeout_s=connect_timeout_s)
+        self.label = f"sink {replica}/{rank}"
+        self._manifest = manifest
+        self._replica, self._rank, self._world_size = replica, rank, world_size
+        self._receiver = receiver
+        self._fabric_name = fabric_name
+        self._hooks = hooks
+        self._plans = PlanCache()
+        # All below is guarded by `changed`.
+        self.state: pb.SinkState.ValueType = pb.IDLE
+        self.state_version = 0
+        self.active_version = 0
+        self.committed_version = 0
+        self._expected: dict[int, npt.NDArray[np.uint64]] = {}
+        self._cancel = threading.Event()
+        self._may_apply = 0  # version that the replica applies now
+        self._refitting = False
+        self._torn: WeightSyncError | None = None
+        self._problem: WeightSyncError | None = None  # binding failed, for refit to raise
+        self.spans: dict[str, tuple[float, float]] = {}  # of the last version, monotonic clock
+
+    # ---- for the user's thread ----
+
+    def refit(self, version: int | None, timeout_s: float) -> int:
+        """Wait for a committed version newer than the active one and adopt it.
+
+        Args:
+            version: Smallest version to accept; None: any newer one.
+            timeout_s: Deadline of the whole call.
+
+        Returns:
+            The version that the weights now hold.
+
+        Raises:
+            TornError: The replica holds mixed weights; it serves nothing until a later version
+                repairs it.
+            TransferTimeoutError: Nothing was committed, or a rank of the replica did not come.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self.changed:
+            if version is not None and self.state != pb.TORN and self.active_version >= version:
+                return self.active_version
+            self._torn = None
+            self._refitting = True
+            self.changed.notify_all()
+        try:
+            while True:
+                wanted = self._wait_committed(version, deadline)
+                self.send(ready_to_apply=pb.ReadyToApply(version=wanted))
+                if self._wait_apply(wanted, deadline):
+                    self._apply(wanted)
+                    if self._wait_active(wanted, deadline):
+                        return wanted
+        finally:
+            with self.changed:
+                self._refitting = False
+
+    def _wait_committed(self, version: int | None, deadline: float) -> int:
+        with self.changed:
+            while True:
+                self._raise_if_torn()
+                if self.state == pb.COMMITTED and (
+                    version is None or self.state_version >= version
+                ):
+                    if self.session is not None:
+                        return self.state_version
+                if self._problem is not None:
+                    raise self._problem
+                wanted = f"version {version}" if version is not None else "a new version"
+                self._wait(deadline, f"{wanted} was not committed for {self.label} in time")
+
+    def _wait_apply(self, version: int, deadline: float) -> bool:
+        """Wait until the whole replica is ready; False when it dropped the version."""
+        with self.changed:
+            session = self.session
+            while self._may_apply != version:
+                self._raise_if_torn()
+                if self.state != pb.COMMITTED or self.state_version != version:
+                    return False
+                if self.session is not session:
+                    return False  # say ReadyToApply again on the new session
+                self._wait(
+                    deadline,
+                    f"{self.label} is ready for version {version}, but not every rank of "
+                    f"replica {self._replica} called refit in time",
+                )
+            self.state = pb.APPLYING
+            return True
+
+    def _apply(self, version: int) -> None:
+        failpoints.hit("sink.applying")
+        start = time.monotonic()
+        try:
+            self._receiver.apply()
+        except Exception as error:
+            self.send(applied=pb.Applied(version=version, ok=False, problem=problem_of(error)))
+            with self.changed:
+                self._tear(TornError(f"{self.label} could not apply version {version}: {error}"))
+            raise
+        with self.changed:
+            self.spans["pause"] = (start, time.monotonic())
+            self.state = pb.APPLIED
+        self.send(applied=pb.Applied(version=version, ok=True))
+
+    def _wait_active(self, version: int, deadline: float) -> bool:
+        with self.changed:
+            while self.active_version != version:
+                self._raise_if_torn()
+                if self.state not in (pb.APPLIED, pb.ACTIVE):
+                    return False
+                try:
+                    self._wait(deadline, f"replica {self._replica} did not finish in time")
+                except WeightSyncError:
+                    # Whether the others applied is not known: this rank must not serve.
+                    self._tear(
+                        TornError(
+                            f"{self.label} applied version {version}, but its replica did not "
+                            "acknowledge it in time; it serves again after the next version",
+                            version=version,
+                        )
+                    )
+                    self._raise_if_torn()
+        failpoints.hit("sink.active")
+        return True
+
+    def _wait(self, deadline: float, what: str) -> None:
+        """Wait for a change; call with `changed` held."""
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            why = f"; {self.lost}" if self.lost is not None else ""
+            raise TransferTimeoutError(f"{what}{why}", rank=self._rank)
+        self.changed.wait(min(left_s, 0.5))
+
+    def _raise_if_torn(self) -> None:
+        if self._torn is not None:
+            raise self._torn
+
+    def close(self) -> None:
+        """Leave the job; the live weights stay as they are."""
+        self._cancel.set()
+        super().close()
+        self._receiver.close()
+
+    # ---- messages ----
+
+    def hello(self) -> pb.Hello:
+        """See `Member`."""
+        with self.changed:
+            return pb.Hello(
+                wire_version=WIRE_VERSION,
+                role=pb.SINK,
+                replica=self._replica,
+                rank=self._rank,
+                world_size=self._world_size,
+                generation=self.generation,
+                manifest=self._manifest,
+                in_place=self._receiver.mode == "in_place",
+                fabric=self._fabric_name,
+                state=self.state,
+                version=self.state_version,
+                active_version=self.active_version,
+                committed_version=self.committed_version,
+            )
+
+    def heartbeat(self) -> pb.Heartbeat:
+        """See `Member`."""
+        with self.changed:
+            return pb.Heartbeat(state=self.state, active_version=self.active_version)
+
+    def handle(self, message: pb.CoordinatorMessage) -> None:
+        """See `Member`."""
+        kind = message.WhichOneof("kind")
+        if kind == "bind":
+            self.submit(lambda: self._bind(message.bind))
+        elif kind == "bound":
+            with self.changed:
+                failed = message.bound.HasField("problem")
+                self._problem = to_error(message.bound.problem) if failed else None
+                self.changed.notify_all()
+        elif kind == "arm":
+            with self.changed:
+                self._cancel = threading.Event()
+                self._expected = {}
+            self.submit(lambda: self._fill(message.arm))
+        elif kind == "expect":
+            with self.changed:
+                values = np.frombuffer(message.expect.values, "<u8").astype(np.uint64)
+                self._expected[message.expect.source] = values
+        elif kind == "decide":
+            self._decide(message.decide)
+        elif kind == "apply":
+            with self.changed:
+                self._may_apply = message.apply.version
+                self.changed.notify_all()
+        elif kind == "activate":
+            self._activate(message.activate.version)
+        elif kind == "drop":
+            self._dropped(message.drop.version, to_error(message.drop.problem))
+        elif kind == "torn":
+            with self.changed:
+                self._tear(to_error(message.torn.problem, version=message.torn.version))
+
+    def _decide(self, message: pb.Decide) -> None:
+        with self.changed:
+            if message.commit:
+                failpoints.hit("sink.committed")
+                self.committed_version = message.version
+                if self.state == pb.PREPARED and self.state_version == message.version:
+                    self.state = pb.COMMITTED
+                self.changed.notify_all()
+                return
+        self._dropped(message.version, to_error(message.problem))
+
+    def _activate(self, version: int) -> None:
+        with self.changed:
+            self.state, self.state_version = pb.ACTIVE, version
+            self.active_version = version
+            self._may_apply = 0
+            self.changed.notify_all()
+        if self._hooks is not None and self._receiver.mode == "in_place":
+            hooks = self._hooks
+            self.submit(lambda: hooks.resume(version))
+
+    def _dropped(self, version: int, why: WeightSyncError) -> None:
+        """The version is not for this rank any more: abandon what arrived of it."""
+        _log.info("%s gives up version %d: %s", self.label, version, why)
+        self._cancel.set()
+        with self.changed:
+            if self.state in (pb.APPLYING, pb.APPLIED) and self.state_version == version:
+                self._tear(TornError(str(why), version=version))
+        self.submit(lambda: self._abandon(version, why))
+
+    def _tear(self, why: WeightSyncError) -> None:
+        """This rank holds mixed or unconfirmed weights; call with `changed` held."""
+        self.state, self.active_version = pb.TORN, 0
+        self._may_apply = 0
+        self._torn = why
+        self.changed.notify_all()
+
+    # ---- slow work, on the worker ----
+
+    def _bind(self, message: pb.Bind) -> None:
+        failpoints.hit("sink.bind")
+        try:
+            plan = self._plans.plan(message)
+            if plan.digest != message.plan_digest:
+                raise PlanDigestError(
+                    f"{self.label} planned {plan.digest[:16]}, the coordinator "
+                    f"{message.plan_digest[:16]}; install the same weightsync everywhere"
+                )
+            descriptor = self._receiver.bind(plan, message.index)
+        except Exception as error:
+            if not isinstance(error, WeightSyncError):
+                _log.exception("%s: binding failed", self.label)
+                error = InternalError(f"binding failed: {error!r}")
+            self.send(bind_failed=pb.BindFailed(epoch=message.epoch, problem=problem_of(error)))
+            return
+        self.send(
+            bind_ready=pb.BindReady(
+                epoch=message.epoch, plan_digest=plan.digest, export_descriptor=descriptor
+            )
+        )
+
+    def _fill(self, message: pb.Arm) -> None:
+        version, cancel = message.version, self._cancel
+        deadline = time.monotonic() + message.deadline_s
+        started = time.monotonic()
+        try:
+            if not self._make_room(version, deadline, cancel):
+                return
+            self._receiver.open_slots(version)
+            failpoints.hit("sink.armed")
+            self.send(armed=pb.Armed(version=version))
+            nbytes = self._receiver.fill(
+                version, self._expected.get, deadline=deadline, cancel=cancel
+            )
+        except Exception as error:
+            if not isinstance(error, WeightSyncError):
+                _log.exception("%s: receiving version %d", self.label, version)
+            self.send(vote=pb.Vote(version=version, prepared=False, problem=problem_of(error)))
+            return
+        if nbytes is None:
+            return
+        with self.changed:
+            if cancel.is_set():
+                return
+            self.state = pb.PREPARED
+            self.spans["fill"] = (started, time.monotonic())
+        failpoints.hit("sink.prepared")
+        self.send(vote=pb.Vote(version=version, prepared=True, num_bytes=nbytes))
+
+    def _make_room(self, version: int, deadline: float, cancel: threading.Event) -> bool:
+        """Wait until the memory for `version` may be written to; False when cancelled."""
+        in_place = self._receiver.mode == "in_place"
+        if in_place and self._hooks is not None:
+            self._hooks.pause()
+        with self.changed:
+            while True:
+                if cancel.is_set():
+                    return False
+                busy = self.state in (pb.COMMITTED, pb.APPLYING, pb.APPLIED)
+                serving = in_place and self._hooks is None and not self._refitting
+                if not busy and not serving:
+                    self.state, self.state_version = pb.FILLING, version
+                    return True
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False  # the coordinator's deadline names this rank
+                self.changed.wait(min(left_s, 0.05))
+
+    def _abandon(self, version: int, why: WeightSyncError) -> None:
+        with self.changed:
+            holds = self.state in (pb.FILLING, pb.PREPARED, pb.COMMITTED)
+            if not holds or self.state_version != version:
+                return
+            in_place = self._receiver.mode == "in_place"
+        self._receiver.fence()
+        torn = not self._receiver.is_untouched()
+        with self.changed:
+            if torn:
+                self._tear(
+                    TornError(
+                        f"{self.label} holds part of version {version}, which was given up: "
+                        f"{why}; it serves again after the next version",
+                        version=version,
+                    )
+                )
+            else:
+                self.state = pb.ACTIVE if self.active_version else pb.IDLE
+                self.state_version = self.active_version
+                self.changed.notify_all()
+        if in_place and not torn and self._hooks is not None:
+            self._hooks.resume(self.active_version)
+
+    # ---- losing and finding the coordinator ----
+
+    def disconnected(self, why: WeightSyncError) -> None:
+        """See `Member`: a version that is not prepared cannot be committed any more."""
+        with self.changed:
+            fenced = isinstance(why, FencedError)
+            if self.state == pb.FILLING or (fenced and self.state == pb.PREPARED):
+                version = self.state_version
+                self._cancel.set()
+                self.submit(lambda: self._abandon(version, why))
+
+    def prepare_rejoin(self, why: WeightSyncError) -> None:
+        """See `Member`."""
+        self.drain(_DRAIN_S)
