@@ -235,6 +235,9 @@ end_zombie:
     :: d_step {
         zombie_log_v != 0 ->
         v = zombie_log_v; set = zombie_log_set;
+#ifdef WITNESS
+        by_zombie = (log[v] == 0);
+#endif
         record(v, COMMIT, set);
         if
         :: log[v] == COMMIT -> tell(v, COMMIT)

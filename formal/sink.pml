@@ -75,7 +75,10 @@ end_rank:
         rv[r] = armv;
         exports = exports | BIT(r);
 #ifdef INPLACE
-        serve[r] = 0; lv[r] = MIXED;                    /* the point of no return */
+#ifndef ARM_WITHOUT_PAUSE
+        serve[r] = 0;
+#endif
+        lv[r] = MIXED;                                  /* the point of no return */
 #endif
         st[r] = FILLING
        }
@@ -168,7 +171,9 @@ end_rank:
     :: d_step {                                         /* Torn(replica) */
         st[r] != DEAD && tornv[REP(r)] > 0 && (tornv[REP(r)] > rv[r] || (tornv[REP(r)] == rv[r] && st[r] != TORN)) ->
         serve[r] = 0; lv[r] = MIXED;                    /* whatever it is, it is not served again */
+#ifndef TORN_NOT_FENCED
         fence(r);
+#endif
         rv[r] = tornv[REP(r)];                          /* a late Arm of that version is ignored */
         st[r] = TORN
        }

@@ -159,21 +159,25 @@ byte deadlines = DEADLINES;
 #endif
 
 /* ------------------------------------------------------------------ invariants, as in docs/protocol.md
- * Names for pan's message when one fails. Never assigned; hidden: no part of the state. */
-hidden byte I1_NO_MIXED_REPLICA = 1;
-hidden byte I2_ACTIVE_IS_COMMITTED = 1;
-hidden byte I3_VERSIONS_GROW = 1;
-hidden byte I4_ALL_VOTED = 1;
-hidden byte I5_ONE_DECISION = 1;
-hidden byte I6_FENCED_WRITES_ARE_VOID = 1;
-hidden byte I7_COMPLETE_MEANS_ALL = 1;
-hidden byte I8_PREPARED_STAYS_WHOLE = 1;
-hidden byte I9_REPLICA_FLIPS_AS_ONE = 1;
-hidden byte I10_TORN_IS_SILENT = 1;
-hidden byte I11_LIVE_WEIGHTS_UNTOUCHED = 1;
-hidden byte I12_RECORDED_BEFORE_TOLD = 1;
-hidden byte I13_SOURCES_HOLD_STILL = 1;
-hidden byte I14_NOTHING_STUCK = 1;
+ * Names that show in the message of pan when one fails; never assigned. */
+bit I1_NO_MIXED_REPLICA = 1;
+bit I2_ACTIVE_IS_COMMITTED = 1;
+bit I3_VERSIONS_GROW = 1;
+bit I4_ALL_VOTED = 1;
+bit I5_ONE_DECISION = 1;
+bit I6_FENCED_WRITES_ARE_VOID = 1;
+bit I7_COMPLETE_MEANS_ALL = 1;
+bit I8_PREPARED_STAYS_WHOLE = 1;
+bit I9_REPLICA_FLIPS_AS_ONE = 1;
+bit I10_TORN_IS_SILENT = 1;
+bit I11_LIVE_WEIGHTS_UNTOUCHED = 1;
+bit I12_RECORDED_BEFORE_TOLD = 1;
+bit I13_SOURCES_HOLD_STILL = 1;
+bit I14_NOTHING_STUCK = 1;
+#ifdef WITNESS
+bit REACHED = 1;
+bit by_zombie;
+#endif
 #define CLAIM(name, condition) assert(!(name) || (condition))
 
 #define SAME_CONTENT(a, b) (!(serve[a] && serve[b]) || lv[a] == lv[b])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -78,8 +79,14 @@ def runs(n: IntArray, *strides: IntArray) -> tuple[BoolArray, IntArray]:
     return inside, length
 
 
-def split(copies: CopyTable, cuts: Cuts, max_rows: int) -> CopyTable:
+def split(copies: CopyTable, cuts: Cuts, max_rows: int, names: Sequence[str]) -> CopyTable:
     """Split copies along their dims; the parts of a copy follow one another in row-major order.
+
+    Args:
+        copies: What to split.
+        cuts: Where.
+        max_rows: Budget.
+        names: Names of the tensors, for the message.
 
     Raises:
         PlanBudgetError: More than `max_rows` parts; nothing was made.
@@ -88,10 +95,13 @@ def split(copies: CopyTable, cuts: Cuts, max_rows: int) -> CopyTable:
     count = volume_of(parts)
     total = int(np.sum(count, dtype=np.float64))
     if total > max_rows:
+        worst = int(count.argmax())
+        name = names[int(copies.tensor[worst])]
         raise PlanBudgetError(
-            f"splitting into contiguous runs makes {total} rows, more than max_rows ({max_rows}); "
-            f"copy {copies.n[int(count.argmax())].tolist()} alone makes {int(count.max())}: choose "
-            "source and sink layouts that shard the same dim, or raise max_rows",
+            f"contiguous runs shatter tensors like {name} into {total} rows, more than max_rows "
+            f"({max_rows}); one region of it, {copies.n[worst].tolist()}, makes {count[worst]}: "
+            "let source and sink shard the same dim, or raise max_rows",
+            tensor=name,
             rows=total,
             budget=max_rows,
         )

@@ -7,13 +7,12 @@ the overlaps of boxes and sink pieces. Both are stepped boxes in canonical eleme
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 
-from weightsync.errors import CoverageError, DtypeMismatchError, LayoutError
+from weightsync.errors import DtypeMismatchError
 from weightsync.ir.dtypes import CAST_TABLE, Dtype
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import intersect_progressions
@@ -29,11 +28,11 @@ from weightsync.ir.tables import (
     volume_of,
 )
 from weightsync.planners.classes import TensorClasses
+from weightsync.planners.faults import gap_error, overlap_error
 
 __all__ = ["Boxes", "Regions", "find_boxes", "intersect"]
 
 _BLOCK: Final = 1 << 18  # candidate pairs at a time: bounds memory where many do not intersect
-_LARGEST_MASK: Final = 1 << 24  # cells looked at to describe a gap in an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +120,9 @@ def find_boxes(classes: TensorClasses, source: Manifest, sink: Manifest) -> Boxe
         first, box = _distinct(held)
         pairs = _overlaps(held.take(first), shape)
         for a, b in zip(*pairs, strict=True):
-            _raise_overlap(classes, source, sink, held.take(first[[a, b]]))
+            pair = held.take(first[[a, b]])
+            tensor = int(classes.tensor[classes.first[pair.tclass[0]]])
+            raise overlap_error(tensor, pair.piece, pair.lo, pair.n, pair.step, source, sink)
     rank = source.buffers.rank[pieces.buffer[held.piece]]
     order = np.lexsort((held.piece, rank, box))
     box, rank = box[order], rank[order]
@@ -160,7 +161,7 @@ def intersect(classes: TensorClasses, boxes: Boxes, source: Manifest, sink: Mani
     short = sum_by(b, volume, len(piece)) != volume_of(needed.n)
     for row in np.flatnonzero(short)[:1]:
         mine = b == row
-        _raise_uncovered(sink, int(piece[row]), lo[mine], n[mine], step[mine])
+        raise gap_error(sink, int(piece[row]), lo[mine], n[mine], step[mine])
     buffer = pieces.buffer[piece[b]]
     _check_casts(boxes, a, piece[b], source, sink)
     return Regions(
@@ -277,25 +278,6 @@ def _cut(held: _Held, clashing: BoolArray, shape: IntArray) -> _Held:
     return held
 
 
-def _raise_overlap(classes: TensorClasses, source: Manifest, sink: Manifest, pair: _Held) -> None:
-    """Report two source pieces that overlap in a way that no cut separates."""
-    tensor = int(classes.tensor[classes.first[pair.tclass[0]]])
-    name = sink.tensors.names[tensor]
-    ranks, texts = [], []
-    for row in range(2):
-        rank = source.ranks[int(source.buffers.rank[source.pieces.buffer[pair.piece[row]]])]
-        box = sink.tensors.box_text(tensor, pair.lo[row], pair.n[row], pair.step[row])
-        ranks.append(rank)
-        texts.append(f"{box} on {rank}")
-    raise LayoutError(
-        f"tensor {name}: the source pieces {' and '.join(texts)} overlap with different steps; "
-        "declare both with the same step, or split the larger one into interleaved pieces",
-        tensor=name,
-        ranks=ranks,
-        side="source",
-    )
-
-
 def _check_casts(
     boxes: Boxes, box: IntArray, sink_piece: IntArray, source: Manifest, sink: Manifest
 ) -> None:
@@ -323,70 +305,3 @@ def _check_casts(
             src_dtype=src,
             dst_dtype=dst,
         )
-
-
-def _raise_uncovered(sink: Manifest, piece: int, lo: IntArray, n: IntArray, step: IntArray) -> None:
-    """Report a part of a sink piece that no source holds."""
-    pieces = sink.pieces
-    tensor, buffer = int(pieces.tensor[piece]), int(pieces.buffer[piece])
-    name, rank = sink.tensors.names[tensor], sink.ranks[int(sink.buffers.rank[buffer])]
-    need = pieces.lo[piece], pieces.n[piece], pieces.step[piece]
-    box = sink.tensors.box_text(tensor, *need)
-    part = sink.tensors.box_text(tensor, *_first_gap(*need, lo, n, step))
-    missing = int(need[1].prod() - volume_of(n).sum())
-    raise CoverageError(
-        f"tensor {name}: {rank} needs {box}, but no source holds {part} of it ({missing} elements "
-        "in all); check the sources' layout and that every source rank has joined",
-        tensor=name,
-        rank=rank,
-        side="sink",
-        box=box,
-        uncovered=part,
-    )
-
-
-def _first_gap(
-    lo: IntArray,
-    n: IntArray,
-    step: IntArray,
-    held_lo: IntArray,
-    held_n: IntArray,
-    held_step: IntArray,
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Return a box inside `lo, n, step` that meets none of the held boxes, as large as is easy.
-
-    Held boxes lie inside the box. Indices are compressed to the borders of the held boxes, so the
-    mask is small whatever the sizes.
-    """
-    first = (held_lo - lo) // step
-    stride = np.where(held_n > 1, held_step // step, 1)
-    grids = []
-    for dim in range(MAX_DIMS):
-        if (stride[:, dim] > 1).any():  # interleaved: every index is a border
-            grids.append(np.arange(n[dim] + 1))
-        else:
-            borders = np.concatenate([first[:, dim], first[:, dim] + held_n[:, dim]])
-            grids.append(np.unique(np.append(borders, [0, n[dim]])))
-    shape = [len(grid) - 1 for grid in grids]
-    if math.prod(shape) > _LARGEST_MASK:
-        return lo, n, step  # interleaved in several dims: the whole box must do
-    covered = np.zeros(shape, np.bool_)
-    for row in range(len(first)):
-        last = first[row] + (held_n[row] - 1) * stride[row]
-        index = [
-            slice(np.searchsorted(g, a), np.searchsorted(g, b, side="right"), k)
-            for g, a, b, k in zip(grids, first[row], last, stride[row], strict=True)
-        ]
-        covered[tuple(index)] = True
-    start = np.array(np.unravel_index(int(covered.argmin()), covered.shape))
-    end = start + 1
-    for dim in range(MAX_DIMS - 1, -1, -1):
-        window = [slice(a, b) for a, b in zip(start, end, strict=True)]
-        while end[dim] < covered.shape[dim]:
-            window[dim] = slice(end[dim], end[dim] + 1)
-            if covered[tuple(window)].any():
-                break
-            end[dim] += 1
-    begin = np.array([grid[a] for grid, a in zip(grids, start, strict=True)], np.int64)
-    finish = np.array([grid[b] for grid, b in zip(grids, end, strict=True)], np.int64)
-    return lo + begin * step, finish - begin, step

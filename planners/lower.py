@@ -77,7 +77,10 @@ def lower(copies: CopyTable, source: Manifest, sink: Manifest, options: PlanOpti
     rest = copies.take(~simple)
     order = np.argsort(np.where(rest.n > 1, rest.dst_stride, 0), axis=1, kind="stable")
     by_run, is_direct = _direct_cuts(rest, order, memory, options)
-    direct = [copies.take(simple), split(rest.take(is_direct), by_run, options.max_rows)]
+    direct = [
+        copies.take(simple),
+        split(rest.take(is_direct), by_run, options.max_rows, memory.names),
+    ]
     packed = _pack(rest.take(~is_direct), order[~is_direct], memory, options)
     return _join([*direct, packed], memory, options)
 
@@ -89,6 +92,7 @@ class _Memory:
         self.src_dtype, self.dst_dtype = source.buffers.dtype, sink.buffers.dtype
         self.src_rank = source.buffers.rank.astype(np.int64)
         self.itemsize = sink.buffers.itemsize
+        self.names = sink.tensors.names
         # One unused element after each buffer keeps neighbours in different buffers apart.
         base = starts_of(sink.buffers.numel + 1)
         self._base, self._length = base[:-1], int(base[-1])
@@ -158,7 +162,9 @@ def _pack(copies: CopyTable, order: IntArray, memory: _Memory, options: PlanOpti
 
     Afterwards every set of rows with overlapping hulls fills its hull and fits a chunk.
     """
-    copies = split(copies, _aligned_cuts(copies, order, memory, options), options.max_rows)
+    copies = split(
+        copies, _aligned_cuts(copies, order, memory, options), options.max_rows, memory.names
+    )
     place = memory.line(copies)
     line = np.argsort(place, kind="stable")
     copies, place = copies.take(line), place[line]
@@ -180,7 +186,7 @@ def _pack(copies: CopyTable, order: IntArray, memory: _Memory, options: PlanOpti
     n = take_dims(loose.n, order)
     inside, _ = runs(n, take_dims(loose.dst_stride, order))
     every = _every(n, inside, options.packed_bytes // memory.itemsize[loose.dst_buffer])
-    pieces = split(loose, _cuts(every, np.zeros_like(every), order), options.max_rows)
+    pieces = split(loose, _cuts(every, np.zeros_like(every), order), options.max_rows, memory.names)
     return CopyTable.concat([copies.take(~sparse), pieces])
 
 

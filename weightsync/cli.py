@@ -40,9 +40,12 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keep the table a table while it has one command."""
+bench = typer.Typer(
+    name="bench",
+    help="Measure this machine, each time beside the ceiling.",
+    no_args_is_help=True,
+)
+app.add_typer(bench)
 
 
 @app.command()
@@ -87,6 +90,56 @@ def demo(
         return run_demo(options, console)
 
     execute("demo", run, as_json=as_json, debug=debug)
+
+
+@bench.command()
+def transfer(
+    num_bytes: Annotated[
+        str, typer.Option("--bytes", metavar="SIZE", help="Payload: 2147483648, 512MiB, 1.5GB.")
+    ] = "1GiB",
+    tensors: Annotated[
+        int, typer.Option(help="Cut into so many; sizes are mixed above a mean of 1 MiB.")
+    ] = 200,
+    fabric: Annotated[str, typer.Option(help="local.")] = "local",
+    memory: Annotated[
+        str, typer.Option(help="Of the sink: shared (sources write) or private (it reads).")
+    ] = "shared",
+    repeats: Annotated[int, typer.Option(help="Timed pairs with the baseline.")] = 7,
+    threads: Annotated[int, typer.Option(help="Of the engine and of the kernels.")] = 1,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Move tensors from one process to another, check them, compare with plain copies."""
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.bench.transfer import TransferOptions, run_transfer
+        from weightsync.units import parse_bytes
+
+        if memory not in ("shared", "private"):
+            raise ConfigError(f"--memory {memory}: shared or private")
+        options = TransferOptions(
+            nbytes=parse_bytes(num_bytes),
+            tensors=tensors,
+            fabric=fabric,
+            memory="shared" if memory == "shared" else "private",
+            repeats=repeats,
+            threads=threads,
+        )
+        return run_transfer(options, console)
+
+    execute("bench_transfer", run, as_json=as_json, debug=debug)
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
+    """Say what this host can do, and what to install for more."""
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.doctor import run_doctor
+
+        return run_doctor(console)
+
+    execute("doctor", run, as_json=as_json, debug=debug)
 
 
 def execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Iterator
@@ -396,11 +397,9 @@ def test_an_engine_is_source_and_sink_at_once(link: Link) -> None:
 def test_bytes_stored_through_the_mapping_are_announced(link: Link) -> None:
     target, view, remote = link.connected(4096, [2])
     if remote.address is None:
-        with pytest.raises(ConfigError, match="nothing to announce|no memory"):
+        with pytest.raises(ConfigError, match="nothing to announce"):
             remote.notify(np.array([0], np.int32))
         return
-    import ctypes
-
     payload = random_bytes(4096)
     ctypes.memmove(remote.address, address_of(payload), 4096)
     assert target.missing(0) == [0, 1]

@@ -12,7 +12,12 @@ import weightsync
 from support.tree import is_generated, module_name, package_files
 from weightsync import errors
 
-MODULES = [module_name(path) for path in package_files() if not is_generated(path)]
+# A __main__ is run, not imported from.
+MODULES = [
+    module_name(path)
+    for path in package_files()
+    if not is_generated(path) and path.stem != "__main__"
+]
 
 
 def problems(module: ModuleType) -> list[str]:

@@ -18,7 +18,17 @@ from weightsync.transport.sim import SimWire
 
 Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["CASES", "Bytes", "Case", "Link", "address_of", "no_leaks", "random_bytes", "rows"]
+__all__ = [
+    "CASES",
+    "Bytes",
+    "Case",
+    "Handle",
+    "Link",
+    "address_of",
+    "no_leaks",
+    "random_bytes",
+    "rows",
+]
 
 
 def address_of(array: npt.NDArray[Any]) -> int:
@@ -32,6 +42,20 @@ def random_bytes(nbytes: int, seed: int = 0) -> Bytes:
 def rows(*table: Sequence[int]) -> npt.NDArray[np.int64]:
     """A table of writes; columns as weightsync.transport.base.WRITE_COLUMNS."""
     return np.array(table, dtype=np.int64).reshape(-1, 4)
+
+
+class Handle:
+    """An engine that can be let go of: pytest keeps fixtures longer than their tests."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        self._engine.close()
+        del self._engine
 
 
 @dataclass

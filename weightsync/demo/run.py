@@ -170,7 +170,7 @@ class _Demo:
             events["parameters"] = max(events["parameters"], event.get("parameters", 0))
             self.progress.now(f"starting: {events['ready']} of {len(self.team.workers)} are ready")
 
-        self.team.wait(self.team.workers, "ready", timeout_s=_START_S, on_event=count)
+        self.team.wait(self.team.workers, ("ready",), timeout_s=_START_S, on_event=count)
         took = time.monotonic() - began
         self.trace.add("demo", "phases", "start", began, began + took)
         self.progress.say(
@@ -200,7 +200,7 @@ class _Demo:
         self.progress.now(f"step {step}: training")
         for trainer in self.trainers:
             trainer.send("train", step=step)
-        events = self._phase("train", self.trainers, "trained", step)
+        events = self._phase("train", self.trainers, ("trained",), step)
         return float(events[self.trainers[0]]["loss"])
 
     def _publish(self, step: int) -> VersionRow:
@@ -250,7 +250,7 @@ class _Demo:
         if not self.outcome.rows[-1].is_committed:
             for sink in sinks:
                 sink.send("stop")
-        return self._phase("refit", sinks, "refitted", step)
+        return self._phase("refit", sinks, ("refitted",), step)
 
     def _verify(self, step: int, replicas: Iterable[str], row: VersionRow) -> list[int]:
         self.progress.now(f"step {step}: reading back, comparing, generating")
@@ -266,7 +266,7 @@ class _Demo:
             for replica in replicas
         ]
         self.verifier.send("verify", step=step, replicas=dumps)
-        event = self._phase("verify", [self.verifier], "verified", step)[self.verifier]
+        event = self._phase("verify", [self.verifier], ("verified",), step)[self.verifier]
         found = {replica: problem for replica, problem in event["problems"].items() if problem}
         row.verified = not found
         for replica, problem in found.items():
@@ -284,9 +284,11 @@ class _Demo:
         if step == self.options.kill_step:
             name = self.trainers[-1].name
             say(Text(f"step {step}: {name} was killed while it wrote version {step}", "yellow"))
-        say(Text(f"version {step} was aborted: {outcome.aborted['reason']}", "yellow"))
-        if not outcome.as_planned:
-            outcome.problems.append(f"version {step} was aborted: {outcome.aborted['reason']}")
+        text = f"version {step} was aborted: {outcome.aborted['reason']}"
+        if outcome.as_planned:
+            say(Text(text, "yellow"))
+        else:
+            outcome.problems.append(text)
         serving = []
         for replica, workers in self.sinks.items():
             events = [refits[worker] for worker in workers]
@@ -298,8 +300,8 @@ class _Demo:
             elif versions == {None} and old == 0 and not torn:
                 say(f"replica {replica} serves nothing, as before")
             elif versions == {None} and self.options.mode == "in_place":
-                text = torn[0] if torn else "part of the version had arrived"
-                say(f"replica {replica} is torn and serves nothing until the next version: {text}")
+                why = torn[0] if torn else "part of the version had arrived"
+                say(f"replica {replica} is torn and serves nothing until the next version: {why}")
             else:
                 outcome.as_planned = False
                 outcome.problems.append(f"replica {replica} serves {sorted(map(str, versions))}")
@@ -318,7 +320,7 @@ class _Demo:
         self,
         name: str,
         workers: list[Worker],
-        kinds: str | tuple[str, ...],
+        kinds: tuple[str, ...],
         step: int,
         may_die: Worker | None = None,
     ) -> dict[Worker, Message]:
@@ -389,7 +391,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     result = _result(options, demo.outcome)
     console.print(stage_table(demo.outcome.rows))
     for problem in demo.outcome.problems:
-        console.print(Text(problem, "bold red"))
+        console.print(Text(problem, "bold red"), soft_wrap=True)
     console.print(f"trace: {path}  (open in ui.perfetto.dev)", markup=False, soft_wrap=True)
     return {**result, "trace": str(path)}
 

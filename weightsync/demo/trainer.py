@@ -88,7 +88,7 @@ def run(channel: Channel, options: Message, commands: Iterator[Message]) -> None
     """The life of one trainer rank."""
     torch.set_num_threads(1)
     trainer = _Trainer(options)
-    channel.send(event="built", parameters=sum(p.numel() for p in trainer.model.parameters()))
+    channel.send(event="progress", parameters=sum(p.numel() for p in trainer.model.parameters()))
     source = Source(trainer.model, job=options["job"], timeout_s=float(options["timeout_s"]))
     with source:
         channel.send(event="ready")

@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -103,13 +105,17 @@ class Worker:
 
     Args:
         name: For people, such as "trainer 0".
-        role: Module of this package that it runs.
-        log: File that takes its output.
+        role: Module of `package` that it runs.
+        log: File that takes its output; its folder also takes temporary files.
+        package: Whose `__main__` it starts in.
     """
 
-    def __init__(self, name: str, role: str, log: Path) -> None:
+    def __init__(
+        self, name: str, role: str, log: Path, *, package: str = "weightsync.demo"
+    ) -> None:
         self.name = name
         self.log = log
+        self.inbox: deque[Message] = deque()  # events that nobody has taken yet
         down_read, down_write = os.pipe()
         up_read, up_write = os.pipe()
         self.channel = Channel(up_read, down_write)
@@ -117,14 +123,14 @@ class Worker:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
                     [
-                        *(sys.executable, "-P", "-m", "weightsync.demo", role),
+                        *(sys.executable, "-P", "-m", package, role),
                         *(str(down_read), str(up_write), str(os.getpid())),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=(down_read, up_write),
-                    env=_environment(),
+                    env=_environment(log.parent),
                     start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
                 )
         except BaseException:
@@ -161,17 +167,19 @@ class Team:
 
     Args:
         folder: Takes their logs.
+        package: Holds the modules of their roles.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, package: str = "weightsync.demo") -> None:
         self.folder = folder
+        self._package = package
         self.workers: list[Worker] = []
         self._gone: set[Worker] = set()
 
     def start(self, name: str, role: str, **options: Any) -> Worker:
         """Start a process and send it its options. Returns at once."""
         log = self.folder / f"{name.replace(' ', '-').replace('/', '-')}.log"
-        worker = Worker(name, role, log)
+        worker = Worker(name, role, log, package=self._package)
         self.workers.append(worker)
         worker.send("start", **options)
         return worker
@@ -179,17 +187,18 @@ class Team:
     def wait(
         self,
         workers: Sequence[Worker],
-        kinds: str | tuple[str, ...],
+        kinds: tuple[str, ...],
         *,
         timeout_s: float,
         may_die: Worker | None = None,
         on_event: Callable[[Worker, Message], None] | None = None,
     ) -> dict[Worker, Message]:
-        """Wait until each of `workers` has sent an event of one of `kinds`.
+        """Take the next event of each of `workers`; what others say is kept for later.
 
         Args:
-            workers: Whom to wait for; events of others are passed to `on_event` only.
-            kinds: Values of "event" that count.
+            workers: Whom to wait for.
+            kinds: Values of "event" that are expected. Events of kind "progress" are passed to
+                `on_event` only.
             timeout_s: Deadline.
             may_die: A worker whose end counts as an event of kind "died".
             on_event: Called for every event as it comes.
@@ -198,23 +207,25 @@ class Team:
             The event of every worker.
 
         Raises:
-            WeightSyncError: A worker reported one, or ended when it should not.
+            WeightSyncError: A worker reported one, or ended or said what it should not.
             TransferTimeoutError: The deadline passed; names who was waited for.
         """
         deadline = time.monotonic() + timeout_s
-        found: dict[Worker, Message] = {}
-        while len(found) < len(workers):
+        while any(not worker.inbox for worker in workers):
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                late = ", ".join(w.name for w in workers if w not in found)
+                late = ", ".join(worker.name for worker in workers if not worker.inbox)
                 raise TransferTimeoutError(f"waited {timeout_s:g} s for {late}")
             for worker in self._heard(min(left_s, 1.0)):
                 event = self._event(worker, may_die)
-                counts = event["event"] == "died" or event["event"] in kinds
-                if counts and worker in workers:
-                    found[worker] = event
                 if on_event is not None:
                     on_event(worker, event)
+                if event["event"] != "progress":
+                    worker.inbox.append(event)
+        found = {worker: worker.inbox.popleft() for worker in workers}
+        for worker, event in found.items():
+            if event["event"] not in (*kinds, "died"):
+                raise InternalError(f"{worker.name} said {event['event']!r} instead of {kinds}")
         return found
 
     def _heard(self, timeout_s: float) -> list[Worker]:
@@ -282,10 +293,11 @@ def serve(read_fd: int, write_fd: int, load: Callable[[], Any]) -> None:
         options = channel.receive()
         if options is not None:
             run(channel, options, _commands(channel))
-    except Exception as error:  # the parent says it to the user
+    except Exception as error:  # noqa: BLE001 - the parent says it to the user
+        traceback.print_exc()  # into the log, before anybody reads it
         with contextlib.suppress(BrokenPipeError):
             channel.send(event="failed", error=type(error).__name__, message=str(error))
-        raise
+        raise SystemExit(1) from None
 
 
 def _commands(channel: Channel) -> Iterator[Message]:
@@ -302,10 +314,11 @@ def die_with(parent: int) -> None:
         raise SystemExit(1)  # it ended before we could say so
 
 
-def _environment() -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     """The environment of workers: one thread each, no network, quiet libraries."""
     return {
         **os.environ,
+        "TMPDIR": str(folder),  # what libraries leave behind goes with it
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from weightsync.errors import LayoutError
 from weightsync.ir.dtypes import Dtype
 
-__all__ = ["Site", "Weights", "live_sites", "skipped_buffers", "unwrapped"]
+__all__ = ["Site", "Weights", "live_sites", "named_tensors", "skipped_buffers", "unwrapped"]
 
 Weights = nn.Module | Mapping[str, Tensor]
 Index = tuple[int, ...]
@@ -85,7 +85,7 @@ def live_sites(weights: Weights) -> list[Site]:
         LayoutError: A tensor cannot be described; the message names it and says what can.
     """
     found: dict[Any, Site] = {}
-    for name, tensor in _named_tensors(weights):
+    for name, tensor in named_tensors(weights):
         site = _site(name, tensor)
         if site is None:
             continue
@@ -98,6 +98,39 @@ def live_sites(weights: Weights) -> list[Site]:
             site = replace(found[key], names=(*found[key].names, name), num_writes=num_writes)
         found[key] = site
     return list(found.values())
+
+
+def named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """Lists what a checkpoint would store, without looking at it; tied weights under every name.
+
+    FSDP modules that are unsharded at this moment are resharded first.
+
+    Args:
+        weights: The module, or tensors by parameter name.
+
+    Yields:
+        Name and tensor, always in the same order.
+
+    Raises:
+        LayoutError: The module is under FSDP1.
+    """
+    if not isinstance(weights, nn.Module):
+        yield from weights.items()
+        return
+    module = unwrapped(weights)
+    for child in module.modules():
+        if isinstance(child, FullyShardedDataParallel):
+            raise LayoutError(
+                "FSDP1 (FullyShardedDataParallel) flattens parameters and is not supported; use "
+                "torch.distributed.fsdp.fully_shard"
+            )
+        if isinstance(child, FSDPModule):
+            child.reshard()  # a no-op where it is sharded
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield _clean(name), parameter
+    for name, buffer, is_persistent in _named_buffers(module):
+        if is_persistent:
+            yield name, buffer
 
 
 def skipped_buffers(weights: Weights) -> tuple[str, ...]:
@@ -127,27 +160,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while isinstance(module, DistributedDataParallel):
         module = module.module
     return module
-
-
-def _named_tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Lists what a checkpoint would store; tied weights under every name."""
-    if not isinstance(weights, nn.Module):
-        yield from weights.items()
-        return
-    module = unwrapped(weights)
-    for child in module.modules():
-        if isinstance(child, FullyShardedDataParallel):
-            raise LayoutError(
-                "FSDP1 (FullyShardedDataParallel) flattens parameters and is not supported; use "
-                "torch.distributed.fsdp.fully_shard"
-            )
-        if isinstance(child, FSDPModule):
-            child.reshard()  # a no-op where it is sharded
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield _clean(name), parameter
-    for name, buffer, is_persistent in _named_buffers(module):
-        if is_persistent:
-            yield name, buffer
 
 
 def _named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

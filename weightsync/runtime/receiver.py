@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,8 @@ __all__ = ["Mode", "Receiver"]
 Int64 = npt.NDArray[np.int64]
 Mode = Literal["staged", "in_place"]
 
-_POLL_S = 0.005  # how often a waiting sink looks for a cancel and for later buckets
+_POLL_S = 0.005  # how often a waiting sink looks for a cancel
+_COMPARE_S = (0.0002, 0.005)  # between looks for the sources' digests: at first, and at most
 _MAX_NAMED = 3  # tensors that an error lists
 
 
@@ -142,14 +142,12 @@ class Receiver:
         waiting = {base + bucket.slot: bucket for bucket in self.buckets}
         found: dict[int, int] = {}
         while waiting:
-            done = [slot for slot in target.poll() if slot in waiting]
+            done = [slot for slot in target.poll(_POLL_S) if slot in waiting]
             if not done:
                 if cancel.is_set():
                     return None
                 if time.monotonic() >= deadline:
                     self._raise_missing(target, waiting)
-                with contextlib.suppress(TransferTimeoutError):
-                    target.wait([min(waiting)], _POLL_S)
                 continue
             target.flush()  # arrived is not visible
             for slot in done:
@@ -160,9 +158,11 @@ class Receiver:
             raise IntegrityError(
                 f"padding of {self.plan.sink.ranks[self.sink]} was overwritten", rank=self.sink
             )
+        pause_s = _COMPARE_S[0]  # usually they are here, or will be in a moment
         while not self._compare(found, expected):
-            if cancel.wait(0.002):
+            if cancel.wait(pause_s):
                 return None
+            pause_s = min(2 * pause_s, _COMPARE_S[1])
             if time.monotonic() >= deadline:
                 raise TransferTimeoutError(
                     f"version {version}: every byte arrived, but not every source reported its "

@@ -88,6 +88,7 @@ class SinkMember(Member):
         self._cancel = threading.Event()
         self._may_apply = 0  # version that the replica applies now
         self._refitting = False
+        self._resume_due = 0  # version that the engine may generate from again; worker only
         self._torn: WeightSyncError | None = None
         self._problem: WeightSyncError | None = None  # binding failed, for refit to raise
         self.spans: dict[str, tuple[float, float]] = {}  # of the last version, monotonic clock
@@ -290,9 +291,8 @@ class SinkMember(Member):
             self.active_version = version
             self._may_apply = 0
             self.changed.notify_all()
-        if self._hooks is not None and self._receiver.mode == "in_place":
-            hooks = self._hooks
-            self.submit(lambda: hooks.resume(version))
+        self._resume_due = version
+        self.submit(self._resume)
 
     def _dropped(self, version: int, why: WeightSyncError) -> None:
         """The version is not for this rank any more: abandon what arrived of it."""
@@ -362,11 +362,19 @@ class SinkMember(Member):
         failpoints.hit("sink.prepared")
         self.send(vote=pb.Vote(version=version, prepared=True, num_bytes=nbytes))
 
+    def _pause(self) -> None:
+        if self._hooks is not None and self._receiver.mode == "in_place":
+            self._hooks.pause()
+
+    def _resume(self) -> None:
+        """Let the engine generate again, once per adopted or restored version."""
+        version, self._resume_due = self._resume_due, 0
+        if version and self._hooks is not None and self._receiver.mode == "in_place":
+            self._hooks.resume(version)
+
     def _make_room(self, version: int, deadline: float, cancel: threading.Event) -> bool:
         """Wait until the memory for `version` may be written to; False when cancelled."""
         in_place = self._receiver.mode == "in_place"
-        if in_place and self._hooks is not None:
-            self._hooks.pause()
         with self.changed:
             while True:
                 if cancel.is_set():
@@ -374,12 +382,15 @@ class SinkMember(Member):
                 busy = self.state in (pb.COMMITTED, pb.APPLYING, pb.APPLIED)
                 serving = in_place and self._hooks is None and not self._refitting
                 if not busy and not serving:
-                    self.state, self.state_version = pb.FILLING, version
-                    return True
+                    break
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return False  # the coordinator's deadline names this rank
                 self.changed.wait(min(left_s, 0.05))
+            self.state, self.state_version = pb.FILLING, version
+        self._resume()  # of the version before, if it was adopted while this waited
+        self._pause()
+        return True
 
     def _abandon(self, version: int, why: WeightSyncError) -> None:
         with self.changed:
@@ -402,8 +413,9 @@ class SinkMember(Member):
                 self.state = pb.ACTIVE if self.active_version else pb.IDLE
                 self.state_version = self.active_version
                 self.changed.notify_all()
-        if in_place and not torn and self._hooks is not None:
-            self._hooks.resume(self.active_version)
+        if in_place and not torn:
+            self._resume_due = self.active_version
+            self._resume()
 
     # ---- losing and finding the coordinator ----
 

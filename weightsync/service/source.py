@@ -119,6 +119,7 @@ class SourceMember(Member):
         self._plan: Plan | None = None
         self._remotes: dict[int, Remote] = {}
         self._leases: dict[tuple[int, int], Lease] = {}
+        self._leased = np.zeros(0, np.int64)  # addresses that `_leases` belongs to
         self._staging: Lease | None = None
         self._executor: Executor | None = None
         self._open: OpenVersion | None = None
@@ -221,6 +222,7 @@ class SourceMember(Member):
         for lease in self._leases.values():
             lease.release()
         self._leases.clear()
+        self._leased = np.zeros(0, np.int64)
         if self._staging is not None:
             self._staging.release()
             self._staging = None
@@ -399,6 +401,8 @@ class SourceMember(Member):
 
     def _lease(self, addresses: npt.NDArray[np.int64]) -> None:
         """Register what is not registered yet; give up what is not used any more."""
+        if np.array_equal(addresses, self._leased):
+            return  # as for every version but the first
         wanted = {
             (int(address), int(size))
             for address, size in zip(addresses, self._sizes, strict=True)
@@ -408,6 +412,7 @@ class SourceMember(Member):
             self._leases.pop(key).release()
         for key in wanted - self._leases.keys():
             self._leases[key] = self._fabric.register(key[0], key[1], self._owner)
+        self._leased = addresses
 
     def _allocate_staging(self, nbytes: int) -> int:
         if self._staging is not None and self._staging.nbytes < nbytes:

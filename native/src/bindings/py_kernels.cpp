@@ -8,20 +8,17 @@
 #include <span>
 #include <string>
 
-#include "weightsync/error.hpp"
-
 #include "../kernels/digest.hpp"
 #include "../kernels/fill.hpp"
 #include "../kernels/isa.hpp"
 #include "../kernels/pack.hpp"
 #include "../kernels/pack_digest.hpp"
 #include "../kernels/pool.hpp"
+#include "bindings.hpp"
 
 namespace py = pybind11;
 
 namespace weightsync {
-
-void bind_kernels(py::module_& module);
 
 namespace {
 

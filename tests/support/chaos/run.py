@@ -134,6 +134,8 @@ class Run:
     """One fault run: three versions, the fault in the second (in the first for `bind`)."""
 
     def __init__(self, zygote: Zygote, fault: Fault, *, bug: str = "", seed: int = 0) -> None:
+        # With a bug planted, waiting for a recovery that never comes is no use.
+        self.rounds = 2 if bug else 12
         self.zygote, self.fault, self.bug, self.seed = zygote, fault, bug, seed
         self.folder = Path(tempfile.mkdtemp(prefix="weightsync-chaos-"))
         self.result = Result(fault)
@@ -214,7 +216,7 @@ class Run:
             _thaw(zombie)
         self._until(lambda: self._is_over(version), f"version {version} is over")
         # Whatever happened, the fleet must be able to go on, all replicas together.
-        for _ in range(12):
+        for _ in range(self.rounds):
             version = self._next(version)
             self._until(lambda: self._is_over(version), f"version {version} is over")
             if self._until(lambda: self._all_adopted(version), "all adopt", 1, must=False):

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support.chaos import bugs, world
+from support.chaos import world
 
 _POLL_S = 0.003
 FAULT_VERSION = 2
@@ -24,6 +24,8 @@ def main(spec: dict[str, Any]) -> None:
             when the fault version is asked for, at once for `bind`), `bug`.
     """
     folder = Path(spec["folder"])
+    from support.chaos import bugs
+
     if spec.get("bug"):
         bugs.plant(spec["bug"])
     if spec.get("flip"):
@@ -67,7 +69,7 @@ def _coordinator(folder: Path, spec: dict[str, Any]) -> None:
             time.sleep(_POLL_S)
 
 
-class _SourceLayout:
+class SourceLayout:
     def manifest(self, rank: int) -> Any:
         from weightsync.ir import ManifestBuilder
 
@@ -84,7 +86,7 @@ class _SourceLayout:
         return builder.build()
 
 
-class _SinkLayout:
+class SinkLayout:
     def __init__(self, tp: int) -> None:
         self.tp = tp
 
@@ -120,7 +122,7 @@ def _source(folder: Path, spec: dict[str, Any]) -> None:
     done = spec.get("done", 0)
     with Source(
         weights,
-        layout=_SourceLayout(),
+        layout=SourceLayout(),
         rank=rank,
         world_size=world.NUM_SOURCES,
         job=_url(folder),
@@ -180,7 +182,7 @@ def _sink(folder: Path, spec: dict[str, Any]) -> None:
     in_place = spec["mode"] == "in_place"
     hooks = _Hooks(memory) if in_place else None
     with Sink(
-        weights, layout=_SinkLayout(tp), replica=replica, rank=rank, world_size=tp,
+        weights, layout=SinkLayout(tp), replica=replica, rank=rank, world_size=tp,
         job=_url(folder), mode=spec["mode"], hooks=hooks, timeout_s=3.0,
     ) as sink:  # fmt: skip
         world.note(folder, name, event="ready")

@@ -125,14 +125,14 @@ void Wire::post(const std::shared_ptr<Transfer>& transfer) {
         event->row = i;
         event->time = now_ + kLatency_ns + rows[i].nbytes / kBytesPerNs;
         Nanoseconds& last = last_time_[transfer->engine];
+        if (faults.delay_s > 0) {
+            event->time += to_ns(faults.delay_s * random_.uniform());
+            count(Tick::kDelayed);
+        }
         if (faults.reorder) {
             event->time += random_.next() % kReorderWindow_ns;
         } else {
             event->time = std::max(event->time, last + 1);
-        }
-        if (faults.delay_s > 0) {
-            event->time += to_ns(faults.delay_s * random_.uniform());
-            count(Tick::kDelayed);
         }
         last = std::max(last, event->time);
         if (random_.happens(faults.drop)) {

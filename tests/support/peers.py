@@ -1,0 +1,166 @@
+"""A process that serves one end of the local fabric and does what the test tells it, by name.
+
+with Peer() as peer:
+    descriptor = peer.call("export", nbytes=4096, slots=[1], is_private=False)
+    peer.kill()
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from support.fabrics import Bytes, address_of, random_bytes, rows
+from weightsync.errors import WeightSyncError
+from weightsync.transport.base import Operation, Remote, Target
+from weightsync.transport.fabrics import open_fabric
+
+__all__ = ["Peer", "PeerError"]
+
+
+class PeerError(Exception):
+    """What a call raised in the other process: the class's name, and its message."""
+
+
+class Peer:
+    """The test's end."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "support.peers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        self.pid = self._process.pid
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        self.start(name, **arguments)
+        return self.result()
+
+    def start(self, name: str, **arguments: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([name, arguments]) + "\n")
+        self._process.stdin.flush()
+
+    def result(self) -> Any:
+        assert self._process.stdout is not None
+        kind, value = json.loads(self._process.stdout.readline())
+        if kind == "error":
+            raise PeerError(value)
+        return value
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until it has stopped."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def go_on(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._process.kill()
+        self._process.wait(10)
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+class _Server:
+    """The other end: each method is one call."""
+
+    def __init__(self) -> None:
+        self.engine = open_fabric("local", name="peer")
+        self.view: Bytes
+        self.target: Target
+        self.remote: Remote
+        self.payload: Bytes
+        self.operation: Operation
+        self.kept: list[object] = []
+
+    def export(self, nbytes: int, slots: list[int], is_private: bool) -> str:
+        if is_private:
+            self.view = np.zeros(nbytes, np.uint8)
+            memory: Any = self.engine.register(address_of(self.view), nbytes, self.view)
+        else:
+            memory = self.engine.allocate(nbytes)
+            self.view = np.frombuffer(memory, np.uint8)
+        self.target = self.engine.export([(0, memory, 0, nbytes)], slots, 8, 1)
+        return self.target.descriptor.hex()
+
+    def wait(self, slots: list[int], timeout_s: float) -> None:
+        self.target.wait(slots, timeout_s)
+
+    def holds(self, nbytes: int, seed: int) -> bool:
+        return bool(np.array_equal(self.view[:nbytes], random_bytes(nbytes, seed)))
+
+    def fence(self) -> None:
+        self.target.fence()
+
+    def connect(self, descriptor: str) -> None:
+        self.remote = self.engine.connect(bytes.fromhex(descriptor), 10.0)
+
+    def load(self, nbytes: int, seed: int) -> None:
+        self.payload = random_bytes(nbytes, seed)
+        self.kept.append(self.engine.register(address_of(self.payload), nbytes, self.payload))
+
+    def post(self, table: list[list[int]]) -> None:
+        """Rows with the source as an offset into the payload."""
+        writes = rows(*table)
+        writes[:, 0] += address_of(self.payload)
+        self.operation = self.remote.post(writes)
+
+    def finish(self, timeout_s: float) -> None:
+        self.operation.wait(timeout_s)
+
+    def store(self, offset: int, nbytes: int, value: int) -> None:
+        """Write through the mapping, as a zombie would: asking nobody."""
+        assert self.remote.address is not None
+        ctypes.memset(self.remote.address + offset, value, nbytes)
+
+    def unmap_payload(self) -> None:
+        """Break the promise of the lease: the pages are gone while it lives."""
+        first = -(-address_of(self.payload) // 4096) * 4096
+        libc = ctypes.CDLL(None, use_errno=True)
+        length = (self.payload.nbytes - 8192) // 4096 * 4096
+        none = 0
+        assert libc.mprotect(ctypes.c_void_p(first), ctypes.c_size_t(length), none) == 0
+
+
+def _serve() -> None:
+    server = _Server()
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            answer = ["ok", getattr(server, name)(**arguments)]
+        except WeightSyncError as error:
+            answer = ["error", f"{type(error).__name__}: {error}"]
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve()
