@@ -1,5 +1,6 @@
 /*
- * The coordinator: a crash loses every local variable; the log stays. What it told stays told.
+ * The coordinator: a crash loses every local variable; the log stays. What it told stays told. A new
+ * incarnation walks through the log again: every step it repeats is idempotent.
  */
 #define ALL_PUBLISHED(v) (pub[0] == v && pub[1] == v)
 #define ANY_PUBLISHED(v) (pub[0] == v || pub[1] == v)
@@ -18,6 +19,7 @@
 #define REP_GONE(p) RANKS2(p, GONE)
 #define REP_OUT(p) (REP_GONE(p) || REP_PAST(p))
 #define OUT_(r) ((st[r] == TORN && rv[r] >= v) || st[r] == DEAD)
+/* After commit a replica has adopted v, or has heard that it is out; or it is already in a later version. */
 #define REP_SETTLED(p) (REP_ACTIVE(p) || REP_PAST(p) || (tornv[p] >= v && RANKS2(p, OUT_)))
 /* While its vote's generation lives and nothing was decided, a voter's target holds v, whole. */
 #define VOTE_TRUE(r) (st[r] != PREPARED || rv[r] != v || stg[r] == WHOLE(r, v))
@@ -100,12 +102,14 @@ inline forget(v) {
     }
 }
 
+/* All ranks ready: apply. All applied: activate. Not counted in the record, or too late: out. */
 #define CLOSE_REP(p) \
     :: d_step { (counted[v] & BIT(p)) && RANKS2(p, READY_) && applyv[p] < v && tornv[p] < v -> applyv[p] = v } \
     :: d_step { (counted[v] & BIT(p)) && RANKS2(p, APPLIED_) && actv[p] < v && tornv[p] < v -> actv[p] = v } \
     :: d_step { dec[v] == COMMIT && !(counted[v] & BIT(p)) && tornv[p] < v && !REP_PAST(p) -> tornv[p] = v } \
     :: d_step { EXPIRED(LOST(p)) && dec[v] == COMMIT && !REP_ACTIVE(p) && !REP_PAST(p) && tornv[p] < v -> \
         EXPIRE(LOST(p)); tornv[p] = v }
+/* Before the record a replica may be left out while another one remains. */
 #define DROP_REP(p) \
     :: d_step { EXPIRED(LOST(p)) && (set & BIT(p)) && set != BIT(p) -> EXPIRE(LOST(p)); set = set & ~BIT(p); tornv[p] = v }
 

@@ -41,7 +41,11 @@ step:
     };
     do
     :: d_step {                                         /* Write(v), with the descriptors */
+#ifdef WRITE_TO_ALL
+        writev == v -> binding[s] = exports;
+#else
         writev == v -> binding[s] = exports & writeset;
+#endif
 #if SRC_CRASHES == 0
         post(s, v, binding[s])                          /* nothing can come in between */
 #endif

@@ -1,3 +1,14 @@
+/*
+ * The versions protocol of docs/protocol.md: publish, arrival, vote, decision, apply, fence.
+ *
+ * Two sources, one coordinator, one or two replicas of two sink ranks, two versions. Faults are
+ * budgets (state.pml), planted bugs are switches named in `formal/check`, which runs everything.
+ * Claims carry the numbers of the invariants in docs/protocol.md.
+ *
+ * Every process takes its steps at any time or never: that is how slow, frozen and thawed members,
+ * late messages and lost connections appear. Nothing waits on real time; a deadline is a step that
+ * the coordinator may take whenever it waits.
+ */
 #include "state.pml"
 #include "fabric.pml"
 #include "source.pml"

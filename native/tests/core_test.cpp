@@ -176,7 +176,8 @@ TEST(leases_end_only_when_nothing_reads_them) {
     dropped.reset();
     CHECK(table.collect().empty() && owner.use_count() == 2);
     table.unpin(pins);
-    CHECK(table.collect().size() == 1 && owner.use_count() == 1);
+    CHECK(table.collect().size() == 1);
+    CHECK(owner.use_count() == 1);
 }
 
 TEST(cut_descriptors_never_read_past_their_end) {

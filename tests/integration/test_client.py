@@ -55,7 +55,7 @@ class Fleet:
 
     def train(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for name, value in self.values.items():
+        for value in self.values.values():
             value.copy_(torch.randn(value.shape, generator=generator))
         for rank, shard in enumerate(self.shards):
             for name, value in toy_shard(self.values, rank, SOURCES).items():
@@ -172,16 +172,16 @@ def test_weights_that_change_while_open_abort_the_version(job: Job) -> None:
 
 def test_a_rank_that_does_not_publish_is_named(job: Job) -> None:
     fleet = Fleet(job)
-    with fleet.stack:
-        with pytest.raises(errors.VersionAbortedError, match="source 1 did not publish"):
-            fleet.sources[0].publish(timeout_s=0.5)
+    refused = pytest.raises(errors.VersionAbortedError, match="source 1 did not publish")
+    with fleet.stack, refused:
+        fleet.sources[0].publish(timeout_s=0.5)
 
 
 def test_no_replica_is_no_quorum(job: Job) -> None:
     shards = toy_shard({n: torch.zeros(s) for n, s in SHAPES.items()}, 0, 1)
-    with Source(shards, layout=ToySourceLayout(1), rank=0, world_size=1, job=job) as source:
-        with pytest.raises(errors.NoQuorumError, match="1 complete replica"):
-            source.publish(timeout_s=0.5)
+    source = Source(shards, layout=ToySourceLayout(1), rank=0, world_size=1, job=job)
+    with source, pytest.raises(errors.NoQuorumError, match="1 complete replica"):
+        source.publish(timeout_s=0.5)
 
 
 def test_a_stale_version_is_refused(job: Job) -> None:
@@ -275,9 +275,8 @@ def test_too_little_memory_for_staged_mode_is_refused(
 
     monkeypatch.setattr(receiver, "available_bytes", lambda: 1000)
     fleet = Fleet(job)
-    with fleet.stack:
-        with pytest.raises(errors.PlanBudgetError, match="in_place"):
-            fleet.publish()
+    with fleet.stack, pytest.raises(errors.PlanBudgetError, match="in_place"):
+        fleet.publish()
 
 
 def test_a_coordinator_that_restarts_goes_on_with_its_versions(tmp_path: Path) -> None:

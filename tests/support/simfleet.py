@@ -21,8 +21,8 @@ from support.chaos import world
 from support.chaos.worker import SinkLayout, SourceLayout
 from weightsync.errors import WeightSyncError
 from weightsync.ir.plan import PlanOptions
-from weightsync.runtime.executor import Executor, Outcome
 from weightsync.runtime import program
+from weightsync.runtime.executor import Executor, Outcome
 from weightsync.runtime.receiver import Receiver
 from weightsync.runtime.staging import StagingPool
 from weightsync.service.planning import make_plan
@@ -211,13 +211,9 @@ class SimRun:
         for index in self.plan.source.buffers_of(rank).tolist():
             bases[index] = self.shards[rank][self.plan.source.buffers.names[index]].ctypes.data
         cancel = threading.Event()
-        deadline = time.monotonic() + (
-            60.0 if fault == "freeze" and rank == victim else DEADLINE_S
-        )
-        if fault == "mutate" and rank == victim:
-            posted = self._mutate_when_posted(rank)
-        else:
-            posted = None
+        deadline = time.monotonic() + (60.0 if fault == "freeze" and rank == victim else DEADLINE_S)
+        mutates = fault == "mutate" and rank == victim
+        posted = self._mutate_when_posted(rank) if mutates else None
         try:
             return self.executors[rank].run(version, bases, deadline=deadline, cancel=cancel)
         except WeightSyncError:

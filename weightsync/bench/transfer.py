@@ -269,17 +269,18 @@ def run_transfer(options: TransferOptions, console: Console) -> dict[str, Any]:
         KeyboardInterrupt: SIGINT or SIGTERM; every process and file is gone.
     """
     began = _load()
-    with Interrupts() as interrupts, workspace() as folder:
-        with (
-            Job.start(f"unix:{folder}/job") as job,
-            Team(folder, package="weightsync.bench") as team,
-            _Bar(console, 2 * (options.repeats + 1)) as bar,
-            interrupts.allowed(),
-        ):
-            bench = _Bench(options, team, job, bar)
-            bench.run()
-            bar.now("ending processes")
-            team.dismiss()
+    with (
+        Interrupts() as interrupts,
+        workspace() as folder,
+        Job.start(f"unix:{folder}/job") as job,
+        Team(folder, package="weightsync.bench") as team,
+        _Bar(console, 2 * (options.repeats + 1)) as bar,
+        interrupts.allowed(),
+    ):
+        bench = _Bench(options, team, job, bar)
+        bench.run()
+        bar.now("ending processes")
+        team.dismiss()
     result = _result(options, bench, began)
     _print(console, options, bench, result)
     return result

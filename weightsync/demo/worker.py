@@ -145,6 +145,14 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # its end is noticed by whoever waits for it
             self.channel.send(do=do, **arguments)
 
+    def take(self, kinds: Sequence[str]) -> Message | None:
+        """The oldest event of one of these kinds that was not taken yet."""
+        for event in self.inbox:
+            if event["event"] in kinds:
+                self.inbox.remove(event)
+                return event
+        return None
+
     def log_tail(self) -> str:
         """The end of what it printed."""
         try:
@@ -187,17 +195,17 @@ class Team:
     def wait(
         self,
         workers: Sequence[Worker],
-        kinds: tuple[str, ...],
+        kinds: str | tuple[str, ...],
         *,
         timeout_s: float,
         may_die: Worker | None = None,
         on_event: Callable[[Worker, Message], None] | None = None,
     ) -> dict[Worker, Message]:
-        """Take the next event of each of `workers`; what others say is kept for later.
+        """Take one event of each of `workers`; what else is said is kept for later.
 
         Args:
             workers: Whom to wait for.
-            kinds: Values of "event" that are expected. Events of kind "progress" are passed to
+            kinds: Values of "event" that count. Events of kind "progress" are passed to
                 `on_event` only.
             timeout_s: Deadline.
             may_die: A worker whose end counts as an event of kind "died".
@@ -207,14 +215,21 @@ class Team:
             The event of every worker.
 
         Raises:
-            WeightSyncError: A worker reported one, or ended or said what it should not.
+            WeightSyncError: A worker reported one, or ended when it should not.
             TransferTimeoutError: The deadline passed; names who was waited for.
         """
         deadline = time.monotonic() + timeout_s
-        while any(not worker.inbox for worker in workers):
+        kinds = (kinds,) if isinstance(kinds, str) else kinds
+        found: dict[Worker, Message] = {}
+        while True:
+            for worker in workers:
+                if worker not in found and (event := worker.take((*kinds, "died"))) is not None:
+                    found[worker] = event
+            if len(found) == len(workers):
+                return found
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                late = ", ".join(worker.name for worker in workers if not worker.inbox)
+                late = ", ".join(worker.name for worker in workers if worker not in found)
                 raise TransferTimeoutError(f"waited {timeout_s:g} s for {late}")
             for worker in self._heard(min(left_s, 1.0)):
                 event = self._event(worker, may_die)
@@ -222,11 +237,6 @@ class Team:
                     on_event(worker, event)
                 if event["event"] != "progress":
                     worker.inbox.append(event)
-        found = {worker: worker.inbox.popleft() for worker in workers}
-        for worker, event in found.items():
-            if event["event"] not in (*kinds, "died"):
-                raise InternalError(f"{worker.name} said {event['event']!r} instead of {kinds}")
-        return found
 
     def _heard(self, timeout_s: float) -> list[Worker]:
         """Workers that have said something, or have ended; each has at least one event."""

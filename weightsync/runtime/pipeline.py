@@ -117,7 +117,7 @@ class Pipeline(Generic[Item]):
                     if item is None:
                         return
                     item = None
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised again by run
                 with lock:
                     failures.append(error)
                 cancel.set()
@@ -139,7 +139,7 @@ class Pipeline(Generic[Item]):
                     break
             else:
                 put(0, None)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again below
             failures.append(error)
             cancel.set()
         for thread in threads:

@@ -96,7 +96,7 @@ class InboundBucket:
 
 @dataclass(frozen=True)
 class Constants:
-    """Padding of one sink rank: `fill` table (R, 10), addresses relative to the arena, and codes."""
+    """Padding of one sink rank: `fill` table (R, 10) relative to the arena, and its codes."""
 
     table: Int64
     codes: npt.NDArray[np.uint64]
@@ -142,7 +142,13 @@ def source_program(plan: Plan, source: int) -> list[BucketProgram]:
     first_row = np.concatenate([[0], np.cumsum(num_rows)])[first_chunk]
     src, copy = plan.rows.src_buffer[row].astype(np.int64), _copy_table(plan, row)
     keys = _keys(
-        plan.source, src, plan.rows.src_offset[row], plan.rows.n[row], plan.rows.src_stride[row]
+        plan.source,
+        src,
+        plan.rows.src_offset[row],
+        plan.rows.n[row],
+        plan.rows.src_stride[row],
+        # Which of several tensors that share memory (aliases) the plan reads.
+        tensor=plan.tensor_in_source[plan.rows.tensor[row]],
     )
     row_shift = (staged_at - chunks.dst_offset[chunk])[chunk_of]
     row_packed = is_packed[chunk_of]
@@ -243,12 +249,19 @@ def _copy_table(plan: Plan, row: Int64) -> Int64:
     )
 
 
-def _keys(manifest: Manifest, buffer: Int64, offset: Int64, n: Int64, stride: Int64) -> Int64:
+def _keys(
+    manifest: Manifest,
+    buffer: Int64,
+    offset: Int64,
+    n: Int64,
+    stride: Int64,
+    tensor: Int64 | None = None,
+) -> Int64:
     """Digest keys (seed, lo, step) of rows of one side, by that side's own manifest.
 
     Never by the plan: a plan that moves elements to the wrong place must give another digest.
     """
-    piece, lo, step = locate_rows(manifest, buffer, offset, n, stride)
+    piece, lo, step = locate_rows(manifest, buffer, offset, n, stride, tensor)
     bad = np.flatnonzero((piece < 0) | (manifest.pieces.tensor[piece] < 0))
     if len(bad):
         name = manifest.buffers.names[int(buffer[bad[0]])]
@@ -268,7 +281,8 @@ def _ranges(lo: Int64, hi: Int64) -> Int64:
     size = hi - lo
     ends = np.cumsum(size)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(lo - (ends - size), size)
+    found: Int64 = np.arange(total) + np.repeat(lo - (ends - size), size)
+    return found
 
 
 def _table(*columns: npt.NDArray[np.generic]) -> Int64:

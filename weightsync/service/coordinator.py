@@ -104,10 +104,7 @@ class Coordinator:
         self._thread.start()
         if not self._started.wait(_START_TIMEOUT_S):
             raise InternalError(f"the coordinator at {url} did not start in {_START_TIMEOUT_S} s")
-        if self._failure is not None:
-            self._thread.join(_STOP_TIMEOUT_S)
-            self._remove_files()
-            raise self._failure
+        self._raise_failure()
 
     def close(self) -> None:
         """Tell every member that the job ends, stop serving, remove the socket. Idempotent."""
@@ -117,6 +114,13 @@ class Coordinator:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(_STOP_TIMEOUT_S)
         self._remove_files()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            self._thread.join(_STOP_TIMEOUT_S)
+            if self._own_dir is not None:
+                self._remove_files()
+            raise self._failure
 
     def __enter__(self) -> Coordinator:
         return self
@@ -130,7 +134,7 @@ class Coordinator:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._serve())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - see below
             # Raised again in the thread that constructs; later failures end the process's job.
             self._failure = error
             if self._started.is_set():
@@ -242,7 +246,7 @@ class Coordinator:
         except WeightSyncError as error:
             problem = pb.Problem(error=type(error).__name__, message=str(error))
             actions = self._core.planned(time.monotonic(), action.epoch, problem=problem)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - members must hear of any failure
             _log.exception("planning epoch %d failed", action.epoch)
             problem = pb.Problem(error="InternalError", message=f"planning failed: {error!r}")
             actions = self._core.planned(time.monotonic(), action.epoch, problem=problem)

@@ -111,7 +111,7 @@ class CoordinatorCore:
                 self._refuse(member.id, "FencedError", f"{member.label}: {text}; join again")
                 self._remove(member.id, text)
         if self._open is not None and now >= self._open.deadline:
-            self._abort(*self._overdue(self._open))
+            self._abort(*self._roster.overdue(self._open, self.options.min_replicas))
         return self._finish()
 
     @property
@@ -126,19 +126,7 @@ class CoordinatorCore:
             committed_version=self.committed_version, last_version=self.last_version,
             phase=phase, epoch=self.epoch,
         )  # fmt: skip
-        for name, members in sorted(self._roster.replicas().items()):
-            versions = {m.active for m in members}
-            settled = (pb.IDLE, pb.FILLING, pb.PREPARED, pb.COMMITTED, pb.ACTIVE)
-            serving = (
-                len(members) == members[0].hello.world_size
-                and len(versions) == 1
-                and 0 not in versions
-                and all(m.state in settled for m in members)
-            )
-            states = [f"{m.hello.rank}:{pb.SinkState.Name(m.state)}" for m in members]
-            version = versions.pop() if len(versions) == 1 else 0
-            reply.replicas.add(replica=name, serving=serving, version=version, ranks=states)
-        reply.sources.extend(sorted(m.label for m in self._members.values() if m.is_source))
+        self._roster.describe(reply)
         return reply
 
     # ---- membership ----
@@ -520,33 +508,6 @@ class CoordinatorCore:
     def _current(self, version: int) -> OpenVersion | None:
         opened = self._open
         return opened if opened is not None and opened.version == version else None
-
-    def _overdue(self, version: OpenVersion) -> tuple[str, str]:
-        """Error class and text for a version whose deadline passed: who was waited for."""
-        head = f"version {version.version} was not decided by its deadline: "
-        names = {m.id: m.label for m in self._members.values()}
-        if version.phase is Phase.OPEN:
-            sources = self._roster.sources()
-            world = sources[0].hello.world_size if sources else 0
-            published = {m.hello.rank for m in sources if m.id in version.published}
-            missing = [f"source {r}" for r in range(world) if r not in published]
-            if missing:
-                return "TransferTimeoutError", f"{head}{', '.join(missing)} did not publish it"
-            if self._roster.complete_sides(self.options.min_replicas) is None:
-                have = {n: len(r) for n, r in self._roster.replicas().items()}
-                return (
-                    "NoQuorumError",
-                    f"{head}{self.options.min_replicas} complete replica(s) needed, ranks "
-                    f"joined by replica: {have if have else 'none'}",
-                )
-            return "TransferTimeoutError", f"{head}binding is not finished"
-        ranks = {i for r in version.replicas.values() for i in r}
-        if version.phase is Phase.ARMING:
-            late = ", ".join(names[i] for i in sorted(ranks - version.armed))
-            return "TransferTimeoutError", f"{head}{late} made no room; call refit() there"
-        late_ids = sorted((version.published - version.written) | (ranks - version.voted))
-        late = ", ".join(names.get(i, "a lost member") for i in late_ids)
-        return "TransferTimeoutError", f"{head}waiting for {late}"
 
     # ---- adoption ----
 

@@ -109,7 +109,7 @@ class Member:
     id: int
     hello: pb.Hello
     last_seen: float
-    state: int = pb.IDLE
+    state: pb.SinkState.ValueType = pb.IDLE
     version: int = 0  # of `state`
     active: int = 0
     is_ready: bool = False  # waits in refit to apply `version`
@@ -226,3 +226,46 @@ class Roster:
                     f"{other.hello.world_size}",
                 )
         return None
+
+    def describe(self, reply: pb.StatusReply) -> None:
+        """Add sources and replicas to a status; a replica serves when its ranks agree."""
+        settled = (pb.IDLE, pb.FILLING, pb.PREPARED, pb.COMMITTED, pb.ACTIVE)
+        for name, members in sorted(self.replicas().items()):
+            versions = {m.active for m in members}
+            serving = (
+                len(members) == members[0].hello.world_size
+                and len(versions) == 1
+                and 0 not in versions
+                and all(m.state in settled for m in members)
+            )
+            states = [f"{m.hello.rank}:{pb.SinkState.Name(m.state)}" for m in members]
+            version = versions.pop() if len(versions) == 1 else 0
+            reply.replicas.add(replica=name, serving=serving, version=version, ranks=states)
+        reply.sources.extend(m.label for m in self.sources())
+
+    def overdue(self, version: OpenVersion, min_replicas: int) -> tuple[str, str]:
+        """Error class and text for a version whose deadline passed: who was waited for."""
+        head = f"version {version.version} was not decided by its deadline: "
+        names = {m.id: m.label for m in self.members.values()}
+        ranks = {i for r in version.replicas.values() for i in r}
+        if version.phase is Phase.OPEN:
+            sources = self.sources()
+            world = sources[0].hello.world_size if sources else 0
+            published = {m.hello.rank for m in sources if m.id in version.published}
+            missing = [f"source {r}" for r in range(world) if r not in published]
+            if missing:
+                return "TransferTimeoutError", f"{head}{', '.join(missing)} did not publish it"
+            if self.complete_sides(min_replicas) is None:
+                have = {n: len(r) for n, r in self.replicas().items()}
+                return (
+                    "NoQuorumError",
+                    f"{head}{min_replicas} complete replica(s) needed, ranks joined by replica: "
+                    f"{have if have else 'none'}",
+                )
+            return "TransferTimeoutError", f"{head}binding is not finished"
+        if version.phase is Phase.ARMING:
+            late = ", ".join(names[i] for i in sorted(ranks - version.armed))
+            return "TransferTimeoutError", f"{head}{late} made no room; call refit() there"
+        late_ids = sorted((version.published - version.written) | (ranks - version.voted))
+        late = ", ".join(names.get(i, "a lost member") for i in late_ids)
+        return "TransferTimeoutError", f"{head}waiting for {late}"

@@ -109,8 +109,9 @@ class Member:
         self._tasks.put(None)
         if self._worker.is_alive():
             self._worker.join(_CLOSE_S)
-        if self._rejoiner is not None:
-            self._rejoiner.join(_CLOSE_S)
+        rejoiner = self._rejoiner
+        if rejoiner is not None:
+            rejoiner.join(_CLOSE_S)
 
     # ---- for subclasses ----
 
@@ -167,7 +168,7 @@ class Member:
         while (task := self._tasks.get()) is not None:
             try:
                 task()
-            except Exception:
+            except Exception:  # noqa: BLE001 - the worker must live on
                 # Tasks turn expected failures into messages; this is a bug, and must be seen.
                 _log.exception("%s: a task failed", type(self).__name__)
 
@@ -178,10 +179,11 @@ class Member:
             self.changed.notify_all()
         self.disconnected(why)
         if not self.closing.is_set():
-            self._rejoiner = threading.Thread(
+            rejoiner = threading.Thread(
                 target=self._rejoin, args=(why,), name="weightsync-rejoin", daemon=True
             )
-            self._rejoiner.start()
+            rejoiner.start()
+            self._rejoiner = rejoiner  # only a started thread can be waited for
 
     def _rejoin(self, why: WeightSyncError) -> None:
         self.prepare_rejoin(why)

@@ -102,9 +102,7 @@ class Session:
                 f"no coordinator answered at {url} in {timeout_s:g} s; is the job running?",
                 peer=url,
             )
-        if self._refusal is not None:
-            self.close()
-            raise self._refusal
+        self._raise_refusal()
         self._beater = threading.Thread(target=self._beat, name="weightsync-lease", daemon=True)
         self._beater.start()
 
@@ -122,6 +120,11 @@ class Session:
         if threading.current_thread() is not self._reader:
             self._reader.join(timeout=1.0)
         self._channel.close()
+
+    def _raise_refusal(self) -> None:
+        if self._refusal is not None:
+            self.close()
+            raise self._refusal
 
     def _outgoing(self) -> Iterator[pb.MemberMessage]:
         while (message := self._outbox.get()) is not None:

@@ -133,11 +133,11 @@ class SinkMember(Member):
         with self.changed:
             while True:
                 self._raise_if_torn()
-                if self.state == pb.COMMITTED and (
+                ready = self.state == pb.COMMITTED and (
                     version is None or self.state_version >= version
-                ):
-                    if self.session is not None:
-                        return self.state_version
+                )
+                if ready and self.session is not None:
+                    return self.state_version
                 if self._problem is not None:
                     raise self._problem
                 wanted = f"version {version}" if version is not None else "a new version"
@@ -322,7 +322,7 @@ class SinkMember(Member):
                     f"{message.plan_digest[:16]}; install the same weightsync everywhere"
                 )
             descriptor = self._receiver.bind(plan, message.index)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - reported to the coordinator
             if not isinstance(error, WeightSyncError):
                 _log.exception("%s: binding failed", self.label)
                 error = InternalError(f"binding failed: {error!r}")
@@ -347,7 +347,7 @@ class SinkMember(Member):
             nbytes = self._receiver.fill(
                 version, self._expected.get, deadline=deadline, cancel=cancel
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - reported to the coordinator
             if not isinstance(error, WeightSyncError):
                 _log.exception("%s: receiving version %d", self.label, version)
             self.send(vote=pb.Vote(version=version, prepared=False, problem=problem_of(error)))

@@ -312,7 +312,7 @@ class SourceMember(Member):
             self._unbind()
             self._plan, self._epoch = plan, message.epoch
             self._programs = source_program(plan, message.index)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - reported to the coordinator
             self._bind_failed(message.epoch, error)
             return
         self.send(bind_ready=pb.BindReady(epoch=message.epoch, plan_digest=plan.digest))
@@ -341,7 +341,7 @@ class SourceMember(Member):
                 pool=StagingPool(budget),
                 threads=self._threads,
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - reported to the coordinator
             self._bind_failed(message.epoch, error)
             return
         self.send(connected=pb.Connected(epoch=message.epoch))
@@ -366,7 +366,7 @@ class SourceMember(Member):
                     rank=self.rank,
                     version=message.version,
                 )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - reported to the coordinator
             if not isinstance(error, WeightSyncError):
                 _log.exception("source %d: writing version %d", self.rank, message.version)
             self.send(failed=pb.Failed(version=message.version, problem=problem_of(error)))

@@ -27,18 +27,18 @@ __all__ = ["STAGES", "LiveProgress", "VersionRow", "stage_table"]
 
 # In the order in which they happen; who takes the time, and what for.
 STAGES: Final[dict[str, str]] = {
-    "wait_open": "all called, sinks have room",
-    "transfer": "all buckets, first to last",
+    "wait_open": "called, room made",
+    "transfer": "first to last bucket",
     "read": "- wait for staging",
-    "cast": "- cast, pack and digest",
+    "cast": "- cast, pack, digest",
     "write": "- one-sided writes",
-    "digest": "- digest on its own",
+    "digest": "- digest alone",
     "complete": "- locally complete",
     "decide": "votes and decision",
-    "fill": "sinks: arrive and verify",
+    "fill": "sinks: check arrivals",
     "pause": "sinks: copy over live",
 }
-_MAX_VERSIONS = 5  # columns that fit a terminal of 100 characters
+_MAX_VERSIONS = 3  # columns that fit a terminal of 80 characters
 
 
 class LiveProgress:
@@ -121,12 +121,12 @@ def stage_table(rows: Sequence[VersionRow]) -> Table:
     """
     shown = list(rows)[-_MAX_VERSIONS:]
     done = [row for row in rows if row.is_committed]
-    table = Table(title="seconds by stage, slowest rank", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="time by stage, slowest rank", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("stage", no_wrap=True)
     for row in shown:
         table.add_column(f"v{row.version}", justify="right", no_wrap=True)
     table.add_column("median", justify="right", no_wrap=True)
-    table.add_column("what", style="dim", no_wrap=True, overflow="ellipsis")
+    table.add_column("what", style="dim")
     known = {name for row in rows for name in row.stages_s}
     for name in [*STAGES, *sorted(known - STAGES.keys())]:
         if name in known:

@@ -148,7 +148,7 @@ class Run:
         started = time.monotonic()
         try:
             self._run()
-        except _GiveUp:
+        except _GiveUpError:
             pass  # its violation is recorded
         finally:
             self.result.seconds = time.monotonic() - started
@@ -185,7 +185,10 @@ class Run:
             version += 1
             world.set_goal(self.folder, version)
             if version < fault_version:
-                self._until(lambda: self._all_adopted(version), f"version {version} is adopted")
+                self._until(
+                    lambda v=version: self._all_adopted(v),
+                    f"version {version} is adopted",
+                )
         self._until(
             lambda: self._is_hit(victim) or self._is_over(fault_version), "the fault is hit"
         )
@@ -218,8 +221,8 @@ class Run:
         # Whatever happened, the fleet must be able to go on, all replicas together.
         for _ in range(self.rounds):
             version = self._next(version)
-            self._until(lambda: self._is_over(version), f"version {version} is over")
-            if self._until(lambda: self._all_adopted(version), "all adopt", 1, must=False):
+            self._until(lambda v=version: self._is_over(v), f"version {version} is over")
+            if self._until(lambda v=version: self._all_adopted(v), "all adopt", 1, must=False):
                 break
         else:
             self._violate(f"no version was adopted by all after the fault: {self._tails()}")
@@ -300,7 +303,7 @@ class Run:
             if time.monotonic() > deadline:
                 if must:
                     self._violate(f"deadline passed before {what}: {self._tails()}")
-                    raise _GiveUp
+                    raise _GiveUpError
                 return False
             time.sleep(0.004)
         return True
@@ -374,5 +377,5 @@ def _thaw(pid: int) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-class _GiveUp(Exception):
+class _GiveUpError(Exception):
     """The run cannot go on; its violation is recorded."""

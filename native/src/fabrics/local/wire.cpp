@@ -131,12 +131,16 @@ ControlView read_control(int fd, Mode mode) {
         throw_damaged("tables leave the memory");
     }
     view.generation = header.generation;
-    view.ranges.resize(header.num_ranges);
-    std::memcpy(view.ranges.data(), base + parts.ranges, parts.blocks - parts.ranges);
-    view.block_bytes.resize(header.num_blocks);
-    std::memcpy(view.block_bytes.data(), base + parts.blocks, parts.slots - parts.blocks);
-    std::vector<std::int32_t> chunks(header.num_slots);
-    std::memcpy(chunks.data(), base + parts.slots, chunks.size() * sizeof(std::int32_t));
+    const auto read_table = [base](auto& table, std::uint64_t offset, std::size_t count) {
+        table.resize(count);
+        if (count != 0) {
+            std::memcpy(table.data(), base + offset, count * sizeof(table[0]));
+        }
+    };
+    std::vector<std::int32_t> chunks;
+    read_table(view.ranges, parts.ranges, header.num_ranges);
+    read_table(view.block_bytes, parts.blocks, header.num_blocks);
+    read_table(chunks, parts.slots, header.num_slots);
     view.slots = std::make_shared<SlotTable>(chunks, header.chunk_bits);
     if (mode == Mode::kPush) {
         if (header.board_offset != parts.board ||
