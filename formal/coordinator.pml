@@ -5,31 +5,35 @@
 #define ALL_PUBLISHED(v) (pub[0] == v && pub[1] == v)
 #define ANY_PUBLISHED(v) (pub[0] == v || pub[1] == v)
 #define REP_CLEAN(p) RANKS2(p, CLEAN)
+#define REP_ALIVE(p) (st[2 * p] != DEAD && st[2 * p + 1] != DEAD)
+#define HELD_(s) (pub[s] != v || w[s] == v)
+
+/* of the version v that is open, among the replicas in `set` */
 #define ARMED_(r) (rv[r] == v)
 #define VOTED_(r) (vote[r] == v)
-#define READY_(r) (rdy[r] == v)
-#define APPLIED_(r) (apd[r] == v)
-#define ACTIVE_(r) (st[r] == ACTIVE && rv[r] == v)
-#define PAST_(r) (rv[r] > v)
-#define HELD_(s) (pub[s] != v || w[s] == v)
 #define REP_ARMED(p) (!(set & BIT(p)) || RANKS2(p, ARMED_))
 #define REP_VOTED(p) (!(set & BIT(p)) || RANKS2(p, VOTED_))
-#define REP_ACTIVE(p) RANKS2(p, ACTIVE_)
-#define REP_PAST(p) (PAST_(2 * p) || PAST_(2 * p + 1))
-#define REP_GONE(p) RANKS2(p, GONE)
-#define REP_OUT(p) (REP_GONE(p) || REP_PAST(p))
-#define OUT_(r) ((st[r] == TORN && rv[r] >= v) || st[r] == DEAD)
-/* After commit a replica has adopted v, or has heard that it is out; or it is already in a later version. */
-#define REP_SETTLED(p) (REP_ACTIVE(p) || REP_PAST(p) || (tornv[p] >= v && RANKS2(p, OUT_)))
 /* While its vote's generation lives and nothing was decided, a voter's target holds v, whole. */
 #define VOTE_TRUE(r) (st[r] != PREPARED || rv[r] != v || stg[r] == WHOLE(r, v))
 #define REP_TRUE(p) (!(set & BIT(p)) || RANKS2(p, VOTE_TRUE))
+#define IS_LOST(r) (st[r] == DEAD || st[r] == REFUSED || (GONE(r) && rv[r] == v))
+#define LOST(p) ((set & BIT(p)) && (IS_LOST(2 * p) || IS_LOST(2 * p + 1)))
+
+/* of the version `adopting`, which is committed */
+#define READY_(r) (rdy[r] == adopting)
+#define APPLIED_(r) (apd[r] == adopting)
+#define ACTIVE_(r) (st[r] == ACTIVE && rv[r] == adopting)
+#define PAST_(r) (rv[r] > adopting)
+#define HOLDS_(r) (rv[r] == adopting && (st[r] == ACTIVE || (st[r] >= PREPARED && st[r] <= APPLIED)))
+#define OUT_(r) (st[r] == DEAD || (GONE(r) && rv[r] >= adopting && !ACTIVE_(r)))
+#define REP_ACTIVE(p) RANKS2(p, ACTIVE_)
+#define REP_PAST(p) (PAST_(2 * p) || PAST_(2 * p + 1))
+/* It has adopted, or every rank has heard that it is out; or it is already in a later version. */
+#define REP_SETTLED(p) (REP_ACTIVE(p) || REP_PAST(p) || (outv[p] >= adopting && RANKS2(p, OUT_)))
+#define REP_GONE(p) (RANKS2(p, GONE) || rv[2 * p] > v || rv[2 * p + 1] > v)
 
 /* Without DEADLINES a deadline may pass at any moment: members that are merely slow are given up as
  * well. With DEADLINES=n that happens n times; members known to be lost are given up in any case. */
-#define IS_LOST(r) (st[r] == DEAD || st[r] == REFUSED || st[r] == FAILED || (GONE(r) && rv[r] == v && st[r] != ACTIVE))
-#define LOST(p) (IS_LOST(2 * p) || IS_LOST(2 * p + 1))
-#define COUNTED_LOST(p) ((set & BIT(p)) && LOST(p))
 #ifdef NO_DEADLINE
 #define EXPIRED(known) false
 #define EXPIRE(known) skip
@@ -40,20 +44,19 @@
 #define EXPIRED(known) true
 #define EXPIRE(known) skip
 #endif
-#define GIVE_UP :: atomic { EXPIRED(SOME_REP(COUNTED_LOST)) -> EXPIRE(SOME_REP(COUNTED_LOST)); goto abort }
 
 /* Insert or read: the record of v is written once, whoever comes first, and never overwritten. */
 inline record(v, what, set) {
     CLAIM(I4_ALL_VOTED, what != COMMIT || log[v] != 0 || EVERY_REP(REP_VOTED));
     CLAIM(I8_PREPARED_STAYS_WHOLE, what != COMMIT || log[v] != 0 || EVERY_REP(REP_TRUE));
     CLAIM(I13_SOURCES_HOLD_STILL, log[v] != 0 || (HELD_(0) && HELD_(1)));
+#ifdef WITNESS
+    counted = (v == 1 && what == COMMIT && log[v] == 0 -> set : counted);
+#endif
 #ifdef LOG_OVERWRITE
-    log[v] = what; counted[v] = set
+    log[v] = what
 #else
-    if
-    :: log[v] == 0 -> log[v] = what; counted[v] = set
-    :: else
-    fi
+    log[v] = (log[v] == 0 -> what : log[v])
 #endif
 }
 
@@ -66,62 +69,83 @@ inline tell(v, what) {
     CLAIM(I5_ONE_DECISION, told[v] != (COMMIT | ABORT))
 }
 
+#define FORGET(x, u) if :: x <= u -> x = 0 :: else fi
+
+/* u is CLOSED: nobody compares with its messages any more. Forgetting them keeps the states few. */
+inline forget(u) {
+    for (i : 0 .. NSINK - 1) { FORGET(vote[i], u); FORGET(rdy[i], u); FORGET(apd[i], u) }
+    for (i : 0 .. NREP - 1) { FORGET(applyv[i], u); FORGET(actv[i], u); FORGET(outv[i], u) }
+    for (i : 0 .. NSRC - 1) {
+        if
+        :: done[i] <= u -> done[i] = 0; source_digest[i] = 0; covers[i] = 0
+        :: else
+        fi
+    }
+    if
+    :: writev <= u -> writev = 0; writeset = 0
+    :: else
+    fi;
+#ifdef SPARSE
+    /* a rank that never saw Arm(u) knows by Decide(u) that it will not come */
+    for (i : 0 .. NSINK - 1) {
+        if
+        :: rv[i] < u -> rv[i] = u; st[i] = (st[i] == ACTIVE -> IDLE : st[i])
+        :: else
+        fi
+    }
+#endif
+    i = 0
+}
+
 #if COORD_CRASHES > 0
 #define COORD_DIES :: atomic { coord_crashes > 0 -> coord_crashes--; goto recover }
 #else
 #define COORD_DIES
 #endif
 
-#define FORGET(x) if :: x <= v -> x = 0 :: else fi
+#define GIVE_UP :: atomic { EXPIRED(SOME_REP(LOST)) -> EXPIRE(SOME_REP(LOST)); goto abort }
 
-/* v is CLOSED: nobody compares with its messages any more. Forgetting them keeps the states few. */
-inline forget(v) {
-    d_step {
-        for (i : 0 .. NSINK - 1) { FORGET(vote[i]); FORGET(rdy[i]); FORGET(apd[i]) }
-        for (i : 0 .. NREP - 1) { FORGET(applyv[i]); FORGET(actv[i]); FORGET(tornv[i]) }
-        for (i : 0 .. NSRC - 1) {
-            if
-            :: done[i] <= v -> done[i] = 0; source_digest[i] = 0
-            :: else
-            fi
-        }
-        if
-        :: writev <= v -> writev = 0; writeset = 0
-        :: else
-        fi;
-#ifdef SPARSE
-        /* a rank that never saw Arm(v) knows by Decide(v) that it will not come */
-        for (i : 0 .. NSINK - 1) {
-            if
-            :: rv[i] < v -> rv[i] = v
-            :: else
-            fi
-        }
-#endif
-        i = 0
-    }
-}
-
-/* All ranks ready: apply. All applied: activate. Not counted in the record, or too late: out. */
-#define CLOSE_REP(p) \
-    :: d_step { (counted[v] & BIT(p)) && RANKS2(p, READY_) && applyv[p] < v && tornv[p] < v -> applyv[p] = v } \
-    :: d_step { (counted[v] & BIT(p)) && RANKS2(p, APPLIED_) && actv[p] < v && tornv[p] < v -> actv[p] = v } \
-    :: d_step { dec[v] == COMMIT && !(counted[v] & BIT(p)) && tornv[p] < v && !REP_PAST(p) -> tornv[p] = v } \
-    :: d_step { EXPIRED(LOST(p)) && dec[v] == COMMIT && !REP_ACTIVE(p) && !REP_PAST(p) && tornv[p] < v -> \
-        EXPIRE(LOST(p)); tornv[p] = v }
 /* Before the record a replica may be left out while another one remains. */
-#define DROP_REP(p) \
-    :: d_step { EXPIRED(LOST(p)) && (set & BIT(p)) && set != BIT(p) -> EXPIRE(LOST(p)); set = set & ~BIT(p); tornv[p] = v }
+#if NREP == 2
+#define DROP_REP(p) :: d_step { \
+        EXPIRED(LOST(p)) && (set & BIT(p)) && set != BIT(p) -> \
+        EXPIRE(LOST(p)); set = set & ~BIT(p); outv[p] = v }
+#define DROP DROP_REP(0) DROP_REP(1)
+#else
+#define DROP
+#endif
+
+/* All ranks ready: apply. All applied: activate. One lost or too late: the replica is out. */
+#define ADOPT_REP(p) \
+    :: d_step { adopting && RANKS2(p, READY_) && applyv[p] < adopting && outv[p] < adopting -> applyv[p] = adopting } \
+    :: d_step { adopting && RANKS2(p, APPLIED_) && actv[p] < adopting && outv[p] < adopting -> actv[p] = adopting } \
+    :: d_step { adopting && EXPIRED(!RANKS2(p, HOLDS_)) && !REP_ACTIVE(p) && !REP_PAST(p) && outv[p] < adopting -> \
+        EXPIRE(!RANKS2(p, HOLDS_)); outv[p] = adopting }
+#if NREP == 2
+#define ADOPT_ALL ADOPT_REP(0) ADOPT_REP(1)
+#else
+#define ADOPT_ALL ADOPT_REP(0)
+#endif
+#define ADOPT ADOPT_ALL :: d_step { adopting && EVERY_REP(REP_SETTLED) -> forget(adopting); adopting = 0 }
+
+#ifdef OVERLAP
+#define ADOPT_MEANWHILE ADOPT
+#define MAY_COUNT(p) REP_ALIVE(p)
+#else
+#define ADOPT_MEANWHILE
+#define MAY_COUNT(p) REP_CLEAN(p)
+#endif
 
 proctype Coordinator() {
     byte v = 1, i;
     byte set;                                           /* replicas counted in v */
+    byte adopting;                                      /* committed version that replicas still adopt */
     bit restarted;
 next:
     atomic {
         set = 0;
         if
-        :: v > NVER -> goto finished
+        :: v > NVER -> goto last
         :: v <= NVER && log[v] != 0 -> goto tell_decision
         /* presumed abort, recorded before it is told: an older incarnation may be alive */
         :: v <= NVER && log[v] == 0 && restarted && ANY_PUBLISHED(v) -> goto abort
@@ -132,13 +156,14 @@ end_bind:
     do
     :: ALL_PUBLISHED(v) -> break
     :: atomic { EXPIRED(false) && ANY_PUBLISHED(v) && !ALL_PUBLISHED(v) -> EXPIRE(false); goto abort }
+    ADOPT_MEANWHILE
     COORD_DIES
     od;
-    /* OPEN: every replica whose ranks are clean is counted */
+    /* OPEN */
     atomic {
-        set = (REP_CLEAN(0) -> 1 : 0);
+        set = (MAY_COUNT(0) -> 1 : 0);
 #if NREP == 2
-        set = set | (REP_CLEAN(1) -> 2 : 0);
+        set = set | (MAY_COUNT(1) -> 2 : 0);
 #endif
         if
         :: set == 0 -> goto abort                       /* no quorum */
@@ -148,10 +173,8 @@ end_bind:
     do
     :: EVERY_REP(REP_ARMED) -> break
     GIVE_UP
-#if NREP == 2
-    DROP_REP(0)
-    DROP_REP(1)
-#endif
+    DROP
+    ADOPT_MEANWHILE
     COORD_DIES
     od;
     atomic { writev = v; writeset = RANKS_OF(set) };    /* WRITING */
@@ -162,10 +185,7 @@ end_bind:
     :: EVERY_REP(REP_VOTED) -> break
 #endif
     GIVE_UP
-#if NREP == 2
-    DROP_REP(0)
-    DROP_REP(1)
-#endif
+    DROP
     COORD_DIES
     od;
     /* voted, not recorded */
@@ -186,7 +206,7 @@ end_bind:
     goto tell_decision;
 abort:
 #ifdef ABORT_NOT_RECORDED
-    atomic { tell(v, ABORT) };
+    atomic { tell(v, ABORT); set = 0 };
     goto close;
 #else
     atomic { record(v, ABORT, 0) };
@@ -197,35 +217,58 @@ tell_decision:
     :: d_step { true -> tell(v, log[v]) }; break         /* recorded, now told */
     COORD_DIES
     od;
-close:                                                  /* DECIDED: every replica adopts or is out */
-    do
-    :: d_step { dec[v] == ABORT && EVERY_REP(REP_OUT) -> skip }; break
-    :: d_step { dec[v] == COMMIT && EVERY_REP(REP_SETTLED) -> skip }; break
-    CLOSE_REP(0)
-#if NREP == 2
-    CLOSE_REP(1)
+close:                                                  /* DECIDED */
+    atomic {
+        if
+        :: dec[v] == COMMIT -> adopting = v
+#ifdef ABORT_FORGETS_ADOPTION
+        :: else -> adopting = 0
+#else
+        :: else
 #endif
+        fi
+    };
+    do
+    /* aborted: every rank that was armed has fenced */
+    :: atomic { dec[v] == ABORT && EVERY_REP(REP_GONE) -> break }
+#ifdef OVERLAP
+    :: atomic { dec[v] == ABORT && adopting -> break }   /* its ranks are not armed for v */
+    :: atomic { dec[v] == COMMIT -> break }
+#endif
+    :: atomic { dec[v] == COMMIT && adopting == 0 -> break }
+    ADOPT
     COORD_DIES
     od;
-    atomic { forget(v); v++; goto next };
+    atomic {
+        if
+        :: adopting == 0 -> forget(v)
+        :: else
+        fi;
+        v++;
+        goto next
+    };
+last:
+    do
+    :: adopting == 0 -> break
+    ADOPT
+    COORD_DIES
+    od;
 #if COORD_CRASHES > 0
+    goto finished;
 recover:
     atomic {
-        v = 1; set = 0; restarted = 1;
-        if                                              /* Torn that nobody heard yet may be lost */
-        :: tornv[0] = 0
+        v = 1; set = 0; restarted = 1; adopting = 0;
+        if                                              /* Drop that nobody heard yet may be lost */
+        :: outv[0] = 0
 #if NREP == 2
-           ; tornv[1] = 0
+           ; outv[1] = 0
 #endif
         :: skip
         fi;
-#ifdef COUNTED_NOT_RECORDED
-        counted[1] = 3; counted[2] = 3;
-#endif
         goto next
     };
-#endif
 finished:
+#endif
     skip
 }
 

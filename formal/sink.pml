@@ -8,10 +8,10 @@
 #else
 #define COMPLETE(r) (bits[(r) * 2 + PARITY(rv[r])] == CHUNKS(r))
 #endif
-#define WRITES_DONE(v) (done[0] == v && done[1] == v)
+#define EXPECTED(r) (done[0] == rv[r] && done[1] == rv[r] && (covers[0] & BIT(r)) && (covers[1] & BIT(r)))
 #define DIGESTS_MATCH(r) (rank_digest[r] == source_digest[0] && rank_digest[r] == source_digest[1])
 #ifdef SPARSE
-#define DIGEST_NOW(r) WRITES_DONE(rv[r])                /* fewer orders: digest with the vote */
+#define DIGEST_NOW(r) EXPECTED(r)                /* fewer orders: digest with the vote */
 #else
 #define DIGEST_NOW(r) true
 #endif
@@ -97,7 +97,7 @@ end_rank:
         st[r] = DIGESTED
        }
     :: d_step {                                         /* Expect(v, digests): vote */
-        st[r] == DIGESTED && WRITES_DONE(rv[r]) ->
+        st[r] == DIGESTED && EXPECTED(r) ->
         if
         :: DIGESTS_MATCH(r) -> st[r] = PREPARED; vote[r] = rv[r]
         :: else -> st[r] = REFUSED
@@ -113,7 +113,7 @@ end_rank:
 #else
     :: d_step {                                         /* Decide(commit), then refit() is called */
         st[r] == PREPARED && dec[rv[r]] == COMMIT ->
-        serve[r] = 0; st[r] = READY; rdy[r] = rv[r]
+        paused[r] = serve[r]; serve[r] = 0; st[r] = READY; rdy[r] = rv[r]
        }
 #endif
 #ifdef READY_WITHDRAWN
@@ -123,13 +123,13 @@ end_rank:
         st[r] == READY && applyv[REP(r)] == rv[r] ->
         CLAIM(I9_REPLICA_FLIPS_AS_ONE, RANKS2(REP(r), PAUSED));
 #if SINK_CRASHES > 0 || APPLY_FAILS > 0
-        lv[r] = MIXED; st[r] = APPLYING
+        lv[r] = MIXED; paused[r] = 0; st[r] = APPLYING
        }
     :: d_step {
         st[r] == APPLYING ->
 #endif
         CLAIM(I8_PREPARED_STAYS_WHOLE, stg[r] == WHOLE(r, rv[r]));
-        lv[r] = rv[r]; st[r] = APPLIED; apd[r] = rv[r]
+        lv[r] = rv[r]; paused[r] = 0; st[r] = APPLIED; apd[r] = rv[r]
        }
     :: d_step {
         st[r] == APPLYING && apply_fails > 0 ->
@@ -168,20 +168,38 @@ end_rank:
 #endif
         check_serving(REP(r))
        }
-    :: d_step {                                         /* Torn(replica) */
-        st[r] != DEAD && tornv[REP(r)] > 0 && (tornv[REP(r)] > rv[r] || (tornv[REP(r)] == rv[r] && st[r] != TORN)) ->
-        serve[r] = 0; lv[r] = MIXED;                    /* whatever it is, it is not served again */
-#ifndef TORN_NOT_FENCED
+    :: d_step {                                         /* Drop(v) of a version never armed here */
+        GONE(r) && st[r] != DEAD && outv[REP(r)] > rv[r] ->
+        rv[r] = outv[REP(r)];                           /* a late Arm of it is ignored */
+        st[r] = (st[r] == ACTIVE -> IDLE : st[r])
+       }
+#ifndef INPLACE
+    :: d_step {                                         /* Drop(v): the old version serves on */
+        st[r] >= FILLING && st[r] <= READY && outv[REP(r)] == rv[r] ->
+#ifndef DROP_NOT_FENCED
         fence(r);
 #endif
-        rv[r] = tornv[REP(r)];                          /* a late Arm of that version is ignored */
+        serve[r] = serve[r] | paused[r];
+        paused[r] = 0;
+        st[r] = IDLE;
+        check_serving(REP(r))
+       }
+#endif
+    :: d_step {                                         /* Torn(v) */
+#ifdef INPLACE
+        (IN_USE(r) || st[r] == ACTIVE) && outv[REP(r)] == rv[r] ->
+#else
+        (st[r] >= APPLYING || st[r] == ACTIVE) && outv[REP(r)] == rv[r] ->
+#endif
+        serve[r] = 0; lv[r] = MIXED;                    /* whatever it is, it is not served again */
+        fence(r);
         st[r] = TORN
        }
 #if SINK_CRASHES > 0
     :: d_step {                                         /* faults strike rank 0: the ranks are alike */
         r == 0 && sink_crashes > 0 && st[r] != DEAD ->
         sink_crashes--;
-        serve[r] = 0; st[r] = DEAD; stg[r] = 0; lv[r] = 0; rank_digest[r] = 0;
+        serve[r] = 0; paused[r] = 0; st[r] = DEAD; stg[r] = 0; lv[r] = 0; rank_digest[r] = 0;
         void_generation(r);
         reset_slots(r)
        }

@@ -2,7 +2,7 @@
  * A source: step the optimizer, publish, write when told, hold still until the decision is heard.
  */
 #if NREP == 2
-#define DROPPED_WRITES(v) ((tornv[0] >= v -> REP_WRITES(0) : 0) | (tornv[1] >= v -> REP_WRITES(1) : 0))
+#define DROPPED_WRITES(v) ((outv[0] >= v -> REP_WRITES(0) : 0) | (outv[1] >= v -> REP_WRITES(1) : 0))
 #else
 #define DROPPED_WRITES(v) 0
 #endif
@@ -63,7 +63,19 @@ step:
 #else
             (FL(s, v) & ~DROPPED_WRITES(v)) == 0 && dec[v] == 0 ->
 #endif
-            source_digest[s] = w[s]; done[s] = v
+            source_digest[s] = w[s]; done[s] = v;
+            covers[s] = 0;
+            for (i : 0 .. NSINK - 1) {
+                if
+#ifdef DIGEST_FOR_ALL
+                :: writeset & BIT(i) -> covers[s] = covers[s] | BIT(i)
+#else
+                :: (FL(s, v) & RANK_WRITES(i)) == 0 -> covers[s] = covers[s] | BIT(i)
+#endif
+                :: else
+                fi
+            }
+            i = 0
            }
             do
             NEXT_STEP

@@ -45,6 +45,7 @@
 /* NO_DEADLINE: no deadline ever passes (only without faults: then every version must be adopted).
  * DEADLINES=n: at most n deadlines pass in a run. Not defined: any number.
  * SAME_PARITY: the two versions use the same slots (v and v + 2, or numbers chosen by the user).
+ * OVERLAP: v + 1 may open while replicas still adopt v (one replica).
  * SPARSE: each rank is fed by one source instead of both.
  * INPLACE: bytes land in the live weights. Otherwise they are staged beside them. */
 #ifdef SAME_PARITY
@@ -120,13 +121,15 @@ byte binding[NSRC];               /* the same, as the source holds it: a fence c
 byte w[NSRC];                     /* version of the weights in the source's memory */
 byte pub[NSRC];                   /* Publish(v) */
 byte done[NSRC];                  /* WritesDone(v): every attempt locally complete */
-byte source_digest[NSRC];         /* what that message says the content is */
+byte source_digest[NSRC];         /* what that message says the content is ... */
+byte covers[NSRC];                /* ... and for which ranks: those with no write left in flight */
 
 /* ------------------------------------------------------------------ sink ranks */
 byte st[NSINK];
 byte rv[NSINK];                   /* the version st speaks about; Armed(v) is rv == v */
 byte lv[NSINK];                   /* content of the live weights */
 bit serve[NSINK];                 /* this rank computes tokens */
+bit paused[NSINK];                /* it would, but waits in refit */
 byte rank_digest[NSINK];          /* content seen by the digest */
 byte vote[NSINK];                 /* Vote(v, prepared) */
 byte rdy[NSINK];                  /* ReadyToApply(v) */
@@ -134,15 +137,14 @@ byte apd[NSINK];                  /* Applied(v, ok) */
 byte highest[NREP];               /* ghost: highest version the replica has served */
 
 /* ------------------------------------------------------------------ coordinator */
-byte log[NVER + 1];               /* durable: decision of v ... */
-byte counted[NVER + 1];           /* ... and the replicas it speaks about */
+byte log[NVER + 1];               /* durable: decision of v */
 byte dec[NVER + 1];               /* Decide(v, ...) as told */
 byte told[NVER + 1];              /* ghost: every decision ever told */
 byte armv, armset;                /* Arm(v) and the replicas it goes to */
 byte writev, writeset;            /* Write(v) and the ranks that it names */
 byte applyv[NREP];                /* Apply(v) */
 byte actv[NREP];                  /* Activate(v) */
-byte tornv[NREP];                 /* Torn(replica), with the version at which it was taken out */
+byte outv[NREP];                  /* Drop(v) or Torn(v) to the ranks of a replica */
 
 /* ------------------------------------------------------------------ zombies and budgets left */
 byte zombie_v, zombie_binding;    /* a thawed source 0 that still has to post its writes */
@@ -177,6 +179,7 @@ bit I14_NOTHING_STUCK = 1;
 #ifdef WITNESS
 bit REACHED = 1;
 bit by_zombie;
+byte counted;                     /* replicas in the first commit */
 #endif
 #define CLAIM(name, condition) assert(!(name) || (condition))
 

@@ -27,7 +27,7 @@
 #elif WITNESS == 3                /* a commit that only a coordinator thawed after its replacement recorded */
 #define GOAL (by_zombie && ADOPTED(0))
 #elif WITNESS == 4                /* a replica that was left out of v1 adopts v2 */
-#define GOAL (log[1] == COMMIT && counted[1] == 1 && ADOPTED(1))
+#define GOAL (log[1] == COMMIT && counted == 1 && ADOPTED(1))
 #endif
 
 /* I14: nothing can move any more. Then every version that anyone published is decided and heard of,

@@ -16,7 +16,7 @@ NATIVE = Path(__file__).parents[2] / "native"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weightsync"
 
 # Optimised where the sanitizer allows it cheaply: what is compiled here is run for seconds only.
-KINDS = {"address,undefined": "-O0 -g1 -fno-sanitize-recover=all", "thread": "-O1 -g1"}
+KINDS = {"address,undefined": "-O0 -fno-sanitize-recover=all", "thread": "-O1"}
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -58,11 +58,12 @@ def build(kind: str) -> Path:
     program = CACHE / f"{name}-{digest_of(kind)}"
     if program.exists():
         return program
-    # The folder is kept: the next build compiles only what changed.
-    folder = CACHE / name
+    folder = CACHE / f"build-{name}"
     options = {
         "CMAKE_BUILD_TYPE": "None",
         "CMAKE_CXX_FLAGS": KINDS[kind],
+        "CMAKE_UNITY_BUILD": "ON",  # a quarter of the time
+        "CMAKE_UNITY_BUILD_BATCH_SIZE": "0",
         "WEIGHTSYNC_SANITIZE": kind,
         "WEIGHTSYNC_BUILD_MODULE": "OFF",
         "WEIGHTSYNC_BUILD_TESTS": "ON",

@@ -32,6 +32,7 @@ class Actor:
     open: int = 0
     vote_problem: str = ""
     apply_fails: bool = False
+    prepared: set[int] = field(default_factory=set)  # versions that it voted for
 
 
 class Fleet:
@@ -215,6 +216,7 @@ class Fleet:
         kind = message.WhichOneof("kind")
         if kind == "vote" and message.vote.prepared:
             actor.state = pb.PREPARED
+            actor.prepared.add(message.vote.version)
         elif kind == "ready_to_apply":
             actor.state = pb.COMMITTED
         elif kind == "applied" and message.applied.ok:

@@ -14,7 +14,7 @@ namespace weightsync::local {
 namespace {
 
 // Large enough to hide the cost of a call, small enough that a fence waits a millisecond.
-constexpr std::uint64_t kUnitBytes = std::uint64_t{4} << 20;
+constexpr std::uint64_t kPullUnitBytes = std::uint64_t{4} << 20;
 // Vectors of one process_vm_readv; the kernel takes at most 1024.
 constexpr std::uint32_t kMaxVectors = 512;
 
@@ -189,7 +189,7 @@ class PullTarget final : public LocalTarget {
             }
             row.destination = range->base + (row.destination - range->arena_offset);
         }
-        CopyUnits units = cut_units(rows, kUnitBytes, kMaxVectors);
+        CopyUnits units = cut_units(rows, kPullUnitBytes, kMaxVectors);
         const auto self = std::static_pointer_cast<PullTarget>(shared_from_this());
         const auto job =
             std::make_shared<PullJob>(self, session, entry, std::move(rows), std::move(units));

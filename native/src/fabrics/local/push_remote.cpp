@@ -43,8 +43,8 @@ std::optional<Error> LocalRemote::peer_error() const {
 namespace {
 
 // Enough for two threads to share a chunk, small against the cost of claiming a unit.
-constexpr std::uint64_t kUnitBytes = std::uint64_t{1} << 20;
-constexpr std::uint32_t kUnitRows = 4096;
+constexpr std::uint64_t kPushUnitBytes = std::uint64_t{1} << 20;
+constexpr std::uint32_t kPushUnitRows = 4096;
 // Batches up to this size are copied by the caller: waking a worker would take longer.
 constexpr std::uint64_t kInlineBytes = std::uint64_t{256} << 10;
 
@@ -210,7 +210,7 @@ void PushRemote::post(std::shared_ptr<Operation> operation) {
         finish(*operation);
         return;
     }
-    CopyUnits units = cut_units(rows, kUnitBytes, kUnitRows);
+    CopyUnits units = cut_units(rows, kPushUnitBytes, kPushUnitRows);
     const auto job = std::make_shared<PushJob>(
         std::static_pointer_cast<PushRemote>(shared_from_this()), operation, std::move(units));
     try {

@@ -1,0 +1,46 @@
+"""The README is true: its example prints what it says, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from support.tree import ROOT
+from weightsync.cli import app
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def fenced(language: str) -> list[str]:
+    """The contents of all code blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.timeout(120)
+def test_the_example_prints_what_the_readme_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,), (output,) = fenced("python"), fenced("text")
+    script = tmp_path / "example.py"
+    script.write_text(code, encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == output
+
+
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", README, re.MULTILINE))
+    names = {first or second for first, second in named}
+    assert names >= {"demo", "setup", "test"}
+    assert names <= targets
+
+
+def test_every_option_of_the_demo_exists() -> None:
+    shown = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, ["demo", "--help"])
+    options = set(re.findall(r"--[a-z]+", README))
+    assert options >= {"--kill", "--mode", "--model"}
+    assert {option for option in options if option not in shown.output} == set()
