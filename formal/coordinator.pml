@@ -258,7 +258,14 @@ last:
 recover:
     atomic {
         v = 1; set = 0; restarted = 1; adopting = 0;
-        if                                              /* Drop that nobody heard yet may be lost */
+        /* What a rank has not acted on ends with the stream that brought it ... */
+#ifndef APPLY_OUTLIVES_STREAM
+        applyv[0] = 0;
+#if NREP == 2
+        applyv[1] = 0;
+#endif
+#endif
+        if                                              /* ... or not, where being late is no harm */
         :: outv[0] = 0
 #if NREP == 2
            ; outv[1] = 0

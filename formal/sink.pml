@@ -15,6 +15,7 @@
 #else
 #define DIGEST_NOW(r) true
 #endif
+#define TOLD_TO_APPLY(r) (st[r] == READY && applyv[REP(r)] == rv[r])
 #define PAUSED(r) (!serve[r])
 
 /* Content after a fence: staged memory is fresh; live bytes stay, and could be anything. */
@@ -174,8 +175,8 @@ end_rank:
         st[r] = (st[r] == ACTIVE -> IDLE : st[r])
        }
 #ifndef INPLACE
-    :: d_step {                                         /* Drop(v): the old version serves on */
-        st[r] >= FILLING && st[r] <= READY && outv[REP(r)] == rv[r] ->
+    :: d_step {                                         /* Drop(v), no Apply before: the old version serves on */
+        st[r] >= FILLING && st[r] <= READY && outv[REP(r)] == rv[r] && !TOLD_TO_APPLY(r) ->
 #ifndef DROP_NOT_FENCED
         fence(r);
 #endif
@@ -185,11 +186,11 @@ end_rank:
         check_serving(REP(r))
        }
 #endif
-    :: d_step {                                         /* Torn(v) */
+    :: d_step {                                         /* Torn(v): Apply went out before */
 #ifdef INPLACE
         (IN_USE(r) || st[r] == ACTIVE) && outv[REP(r)] == rv[r] ->
 #else
-        (st[r] >= APPLYING || st[r] == ACTIVE) && outv[REP(r)] == rv[r] ->
+        (st[r] >= APPLYING || TOLD_TO_APPLY(r) || st[r] == ACTIVE) && outv[REP(r)] == rv[r] ->
 #endif
         serve[r] = 0; lv[r] = MIXED;                    /* whatever it is, it is not served again */
         fence(r);

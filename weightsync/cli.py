@@ -192,7 +192,7 @@ def _plant(name: str) -> None:
     from weightsync import plants
 
     os.environ[plants.ENV_PLANT] = name
-    plants.requested()
+    plants.install()
 
 
 if __name__ == "__main__":

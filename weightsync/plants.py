@@ -20,10 +20,13 @@ from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import PieceTable, sorted_pieces
 from weightsync.ir.plan import Plan
 from weightsync.planners.planner import plan_transfer
+from weightsync.runtime.receiver import Receiver
+from weightsync.service import coordinator, planning
 
-__all__ = ["PLANTS", "apply", "requested"]
+__all__ = ["PLANTS", "apply", "install", "requested"]
 
 ENV_PLANT: Final = "WEIGHTSYNC_PLANT"
+ENV_SKIP_DIGEST: Final = "WEIGHTSYNC_PLANT_SKIP_DIGEST"
 
 
 def requested() -> str | None:
@@ -38,6 +41,32 @@ def requested() -> str | None:
     if name not in PLANTS:
         raise ConfigError(f"${ENV_PLANT}={name}: the bugs are {', '.join(PLANTS)}")
     return name
+
+
+def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Plant what the environment asks for into this process; without a request do nothing.
+
+    Nothing of the package looks for bugs to plant by itself: a process has to ask for it.
+
+    Args:
+        patch: Sets an attribute; tests pass one that is undone.
+
+    Raises:
+        ConfigError: There is no such bug.
+    """
+    name = requested()
+    if name is None:
+        return
+    make = planning.make_plan
+
+    def make_planted(*args: Any, **kwargs: Any) -> planning.Planned:
+        planned = make(*args, **kwargs)
+        return dataclasses.replace(planned, plan=apply(planned.plan, name))
+
+    patch(planning, "make_plan", make_planted)
+    patch(coordinator, "make_plan", make_planted)
+    if os.environ.get(ENV_SKIP_DIGEST) == "1":
+        patch(Receiver, "_compare", lambda *_: True)
 
 
 def apply(plan: Plan, name: str) -> Plan:

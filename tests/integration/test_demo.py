@@ -139,8 +139,9 @@ def test_the_read_back_sees_a_planted_layout_bug(mark: dict[str, str], tmp_path:
     assert "k_proj" in result["problems"][0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["started", "step 2"])
+@pytest.mark.parametrize(
+    ("number", "moment"), [(signal.SIGINT, "step 1"), (signal.SIGTERM, "started")]
+)
 def test_an_interrupt_leaves_nothing(
     mark: dict[str, str], tmp_path: Path, number: signal.Signals, moment: str
 ) -> None:

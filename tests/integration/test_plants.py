@@ -73,6 +73,7 @@ def test_the_digest_refuses_it(
     monkeypatch: pytest.MonkeyPatch, plant: str, model: str, tp: int, tensor: str
 ) -> None:
     monkeypatch.setenv(plants.ENV_PLANT, plant)
+    plants.install(monkeypatch.setattr)
     with pytest.raises(VersionAbortedError, match="holds other values") as caught:
         read_back(model_config(model), tp)
     assert isinstance(caught.value.__cause__, IntegrityError)
@@ -83,7 +84,8 @@ def test_without_the_digest_the_read_back_sees_it(
     monkeypatch: pytest.MonkeyPatch, plant: str, model: str, tp: int, tensor: str
 ) -> None:
     monkeypatch.setenv(plants.ENV_PLANT, plant)
-    monkeypatch.setenv("WEIGHTSYNC_PLANT_SKIP_DIGEST", "1")
+    monkeypatch.setenv(plants.ENV_SKIP_DIGEST, "1")
+    plants.install(monkeypatch.setattr)
     found = read_back(model_config(model), tp)
     assert found is not None
     assert tensor in found

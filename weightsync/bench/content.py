@@ -1,14 +1,15 @@
 """What a benchmark moves: sizes, and values that both sides can make from a seed.
 
-The receiver makes the expected values anew and compares whole tensors with them, so a wrong transfer
-cannot agree with itself. Every repetition has values of its own: all units of the weights are
-combined with a key of the repetition, so what an earlier one left behind is seen as wrong.
+The receiver makes the expected values anew and compares whole tensors with them, so a wrong
+transfer cannot agree with itself. Every repetition has values of its own: all units of the weights
+are combined with a key of the repetition, so what an earlier one left behind is seen as wrong.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -229,4 +230,4 @@ def _shared_out(nbytes: int, weights: Sequence[float]) -> list[int]:
         before += weight
         bounds.append(int(spare * min(1.0, before / total)))
     bounds[-1] = spare
-    return [_ITEM * (1 + high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [_ITEM * (1 + high - low) for low, high in pairwise(bounds)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -62,7 +62,7 @@ class _Sink:
 
     def do(self, what: str, command: Message) -> Message:
         """Follow one command; what the parent hears of it."""
-        actions = {
+        actions: dict[str, Callable[..., Message]] = {
             "baseline": self.baseline,
             "check": self.check,
             "close": self.unexport,
@@ -85,7 +85,7 @@ class _Sink:
         if self.is_shared:
             self._memory = memory = engine.allocate(offsets[-1])
             ranges = [(0, memory, 0, offsets[-1])]
-            whole = np.frombuffer(memory, np.uint16)
+            whole = np.frombuffer(memoryview(memory), np.uint16)
             self.views = [
                 whole[at // 2 : (at + size) // 2]
                 for at, size in zip(offsets, self.sizes, strict=False)

@@ -1,12 +1,11 @@
-"""The worker that has the weights: posts them to the engine, publishes them, copies for comparison."""
+"""The worker that has the weights: posts them, publishes them, copies them for comparison."""
 
 from __future__ import annotations
 
 import base64
 import os
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from weightsync.bench.baseline import Memcpy
 from weightsync.bench.content import allocate, arena_offsets, change, tensor_name, tensor_sizes
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import ConfigError
-from weightsync.transport import Engine, Lease, Remote, open_fabric
+from weightsync.transport import Engine, Lease, Memory, Remote, open_fabric
 
 __all__ = ["run"]
 
@@ -44,12 +43,13 @@ class _Source:
         self._leases: list[Lease] = []
         self._remote: Remote | None = None
         self._writes = np.zeros((0, 4), np.int64)
+        self._memory: Memory | None = None
         self._baseline: Memcpy | None = None
         self._source: Source | None = None
 
     def do(self, what: str, command: Message) -> Message:
         """Follow one command; what the parent hears of it."""
-        actions = {
+        actions: dict[str, Callable[..., Message]] = {
             "baseline": self.baseline,
             "change": self.change,
             "connect": self.connect,
@@ -134,8 +134,9 @@ class _Source:
         """Copy the tensors to memory of this process, of the kind that a sink receives into."""
         if self._baseline is None:
             # The memory lives as long as what refers to it; no other process ever sees it.
-            with open_fabric(self.fabric) as engine:
-                self._memory: Any = engine.allocate(arena_offsets(self.sizes)[-1])
+            engine = open_fabric(self.fabric)
+            self._memory = engine.allocate(arena_offsets(self.sizes)[-1])
+            engine.close()
             targets = [self._memory.address + at for at in arena_offsets(self.sizes)[:-1]]
             self._baseline = Memcpy(self.addresses, targets, self.sizes)
         return {"seconds": self._baseline.run(), "name": self._baseline.name}

@@ -1,4 +1,4 @@
-"""`weightsync bench transfer`: how fast weights move on this machine, beside plain copies of them."""
+"""`weightsync bench transfer`: how fast weights move here, beside plain copies of them."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import ModuleType
 
 from weightsync.demo.worker import die_with, serve
 
@@ -16,7 +17,13 @@ def main() -> None:
     die_with(int(parent))
     if role not in _ROLES:
         raise SystemExit(f"no role {role!r}")
-    serve(int(read_fd), int(write_fd), lambda: importlib.import_module(f"weightsync.demo.{role}"))
+    serve(int(read_fd), int(write_fd), lambda: _load(role))
+
+
+def _load(role: str) -> ModuleType:
+    if role != "verify":
+        importlib.import_module("weightsync.plants").install()
+    return importlib.import_module(f"weightsync.demo.{role}")
 
 
 if __name__ == "__main__":

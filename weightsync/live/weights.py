@@ -60,21 +60,20 @@ class _Snapshot:
     @classmethod
     def take(cls, weights: nn.Module | Mapping[str, Tensor], *, with_meta: bool = False) -> Self:
         """Look at all tensors now."""
-        found = cls([], [], [], [], [])
-        for name, tensor in named_tensors(weights):
-            # Not to_local(): it makes a new tensor, and with gradients on a node of the graph.
-            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-            # Inference tensors do not count. A step on a DTensor counts up the DTensor alone.
-            num_writes = 0 if local.is_inference() else local._version
-            if tensor is not local:
-                num_writes += tensor._version
-            found.names.append(name)
-            found.ids.append(id(tensor))
-            found.addresses.append(local.data_ptr())
-            found.num_writes.append(num_writes)
-            if with_meta:
-                found.meta.append(hash((local.dtype, local.shape, local.stride())))
-        return found
+        names, tensors = _listed(weights)
+        local = [_local(tensor) for tensor in tensors]
+        # Inference tensors do not count. A step on a DTensor counts up the DTensor alone.
+        num_writes = [0 if t.is_inference() else t._version for t in local]
+        for index, tensor in enumerate(tensors):
+            if tensor is not local[index]:
+                num_writes[index] += tensor._version
+        return cls(
+            names,
+            [id(tensor) for tensor in tensors],
+            [tensor.data_ptr() for tensor in local],
+            num_writes,
+            [hash((t.dtype, t.shape, t.stride())) for t in local] if with_meta else [],
+        )
 
     def is_laid_out_as(self, other: _Snapshot) -> bool:
         """Whether these are the same tensors in the same memory, whatever is written there."""
@@ -96,6 +95,21 @@ class _Snapshot:
         now = dict(zip(self.names, zip(self.addresses, self.num_writes, strict=True), strict=True))
         then = zip(before.names, before.addresses, before.num_writes, strict=True)
         return next((n for n, *seen in then if now.get(n) != tuple(seen)), None)
+
+
+def _listed(weights: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
+    """Names and tensors; two lists, because ten thousand pairs would wake the garbage collector."""
+    names: list[str] = []
+    tensors: list[Tensor] = []
+    for name, tensor in named_tensors(weights):
+        names.append(name)
+        tensors.append(tensor)
+    return names, tensors
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Memory of this process. Unlike `to_local()` it makes no tensor and no node of a graph."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 class SourceWeights:
@@ -170,10 +184,12 @@ class SourceWeights:
 
     def addresses(self) -> npt.NDArray[np.int64]:
         """Address of every buffer of the manifest, in its order."""
-        snapshot = _Snapshot.take(self._weights)
-        if self._known is not None and snapshot.names == self._known.names:
-            found: npt.NDArray[np.int64] = np.array(snapshot.addresses, np.int64)[self._order]
-            return found
+        if self._known is not None:
+            names, tensors = _listed(self._weights)
+            if names == self._known.names:
+                found = np.array([_local(tensor).data_ptr() for tensor in tensors], np.int64)
+                in_order: npt.NDArray[np.int64] = found[self._order]
+                return in_order
         return np.array([t.data_ptr() for t in self._tensors().values()], np.int64)
 
     def fingerprint(self) -> object:
