@@ -192,7 +192,7 @@ end_rank:
 #else
         (st[r] >= APPLYING || TOLD_TO_APPLY(r) || st[r] == ACTIVE) && outv[REP(r)] == rv[r] ->
 #endif
-        serve[r] = 0; lv[r] = MIXED;                    /* whatever it is, it is not served again */
+        serve[r] = 0; paused[r] = 0; lv[r] = MIXED;     /* whatever it is, it is not served again */
         fence(r);
         st[r] = TORN
        }

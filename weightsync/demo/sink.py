@@ -17,6 +17,8 @@ from weightsync.demo.worker import Channel, Message
 from weightsync.errors import TornError, WeightSyncError
 from weightsync.planners import rules
 
+__all__ = ["run"]
+
 _LISTEN_S = 0.1  # between looks for a command of the parent
 _SETTLE_S = 1.0  # from "stop" to the end of waiting
 

@@ -21,6 +21,8 @@ from weightsync.demo.model import build_model, greedy, model_config, text
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import ConfigError, LayoutError, PlanError, VersionError
 
+__all__ = ["run"]
+
 # Large, so that every step changes nearly every bf16 weight.
 _LEARNING_RATE: Final = 3e-3
 _BATCH: Final = 4  # sequences per trainer and step

@@ -29,6 +29,10 @@ Failure failure_of(int error, std::uint32_t row) noexcept {
     return {error == ESRCH ? Scope::kPeer : Scope::kMemory, error, row};
 }
 
+std::byte* end_of(const iovec& part) noexcept {
+    return static_cast<std::byte*>(part.iov_base) + part.iov_len;
+}
+
 class PullTarget;
 
 class PullJob final : public Job {
@@ -230,19 +234,35 @@ void PullJob::read_rows(const CopyUnit& unit, Tally& tally) noexcept {
     for (std::uint32_t i = unit.row_begin; i < unit.row_end; ++i) {
         const Write& row = rows_[i];
         const std::uint64_t nbytes = unit.nbytes != 0 ? unit.nbytes : row.nbytes;
-        if (nbytes != 0) {
-            here[count] = {reinterpret_cast<void*>(row.destination + unit.offset), nbytes};
-            there[count] = {reinterpret_cast<void*>(row.source + unit.offset), nbytes};
-            row_of[count++] = i;
+        auto* to = reinterpret_cast<std::byte*>(row.destination + unit.offset);
+        auto* from = reinterpret_cast<std::byte*>(row.source + unit.offset);
+        if (nbytes == 0) {
+            continue;
         }
+        // Neighbours on both sides are one vector: the kernel's cost is per vector and per page.
+        if (count != 0 && end_of(here[count - 1]) == to && end_of(there[count - 1]) == from) {
+            here[count - 1].iov_len += nbytes;
+            there[count - 1].iov_len += nbytes;
+            continue;
+        }
+        here[count] = {to, nbytes};
+        there[count] = {from, nbytes};
+        row_of[count++] = i;
     }
     std::uint32_t num_read = unit.row_end;  // rows before it are there
     for (std::size_t at = 0; at < count;) {
         const ssize_t got = ::process_vm_readv(session_->peer.pid, &here[at], count - at,
                                                &there[at], count - at, 0);
         if (got <= 0) {
-            fail(failure_of(got < 0 ? errno : EFAULT, row_of[at]));
+            const int error = got < 0 ? errno : EFAULT;
+            // Of the rows that make up this vector, those before its address were read.
+            const auto stopped_at = reinterpret_cast<std::uint64_t>(here[at].iov_base);
             num_read = row_of[at];
+            while (unit.nbytes == 0 && num_read + 1 < unit.row_end &&
+                   rows_[num_read].destination + rows_[num_read].nbytes <= stopped_at) {
+                ++num_read;
+            }
+            fail(failure_of(error, num_read));
             break;
         }
         // A partial read stops at a whole vector or at the page that faults: go on behind it.
