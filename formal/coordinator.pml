@@ -27,7 +27,8 @@
 #define HOLDS_(r) (rv[r] == adopting && (st[r] == ACTIVE || (st[r] >= PREPARED && st[r] <= APPLIED)))
 #define OUT_(r) (st[r] == DEAD || (GONE(r) && rv[r] >= adopting && !ACTIVE_(r)))
 #define REP_ACTIVE(p) RANKS2(p, ACTIVE_)
-#define REP_PAST(p) (PAST_(2 * p) || PAST_(2 * p + 1))
+#define BUSY_(r) (IN_USE(r) && rv[r] == adopting)
+#define REP_PAST(p) (!BUSY_(2 * p) && !BUSY_(2 * p + 1) && (PAST_(2 * p) || PAST_(2 * p + 1)))
 /* It has adopted, or every rank has heard that it is out; or it is already in a later version. */
 #define REP_SETTLED(p) (REP_ACTIVE(p) || REP_PAST(p) || (outv[p] >= adopting && RANKS2(p, OUT_)))
 #define REP_GONE(p) (RANKS2(p, GONE) || rv[2 * p] > v || rv[2 * p + 1] > v)

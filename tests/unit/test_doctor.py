@@ -19,7 +19,7 @@ from weightsync.errors import MemoryRegistrationError
 
 HUGE = "sys/kernel/mm/transparent_hugepage"
 FILES = {
-    "proc/cpuinfo": "processor : 0\nmodel name : Test CPU 3000\nprocessor : 1\nmodel name : Other\n",
+    "proc/cpuinfo": "processor : 0\nmodel name : Test CPU 3000\n\nmodel name : Other\n",
     "proc/meminfo": "MemTotal: 33554432 kB\nMemAvailable: 16777216 kB\n",
     "proc/self/status": "Name: python\nSeccomp: 2\n",
     "proc/sys/kernel/yama/ptrace_scope": "1\n",

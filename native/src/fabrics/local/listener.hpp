@@ -13,7 +13,7 @@
 namespace weightsync::local {
 
 class Listener : public std::enable_shared_from_this<Listener> {
- public:
+  public:
     Listener(EngineContext& context, Reactor& reactor);
     ~Listener();
     Listener(const Listener&) = delete;
@@ -24,7 +24,7 @@ class Listener : public std::enable_shared_from_this<Listener> {
     [[nodiscard]] std::uint64_t next_target_id() noexcept { return next_target_.fetch_add(1); }
     void add(const std::shared_ptr<LocalTarget>& target);
 
- private:
+  private:
     // Connected, and still to say what it wants.
     struct Pending {
         UniqueFd socket;
