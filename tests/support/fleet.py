@@ -58,6 +58,7 @@ class Fleet:
         self.actors: dict[str, Actor] = {}
         self.streams: dict[int, Actor] = {}
         self.next_stream = 0
+        self.busy = False  # sinks do not arm
         self.inbox: deque[tuple[Actor, pb.MemberMessage]] = deque()
         for rank in range(sources):
             self._add(pb.Hello(role=pb.SOURCE, rank=rank, world_size=sources))
@@ -82,6 +83,10 @@ class Fleet:
             if actor.alive and actor.state == pb.COMMITTED:
                 ready = pb.ReadyToApply(version=actor.version)
                 self._say(actor, "ready", ready_to_apply=ready)
+        self.run()
+
+    def say(self, label: str, **kind: object) -> None:
+        self._say(self.actors[label], "", **kind)
         self.run()
 
     def stall(self, label: str, *, at: str) -> None:
@@ -143,7 +148,8 @@ class Fleet:
         self.inbox.clear()
         last = max((v for v, _ in self.log), default=0)
         committed = max((v for v, commit in self.log if commit), default=0)
-        self.core = CoordinatorCore(self.options, Log(2, last, committed))
+        commits = frozenset(v for v, commit in self.log if commit)
+        self.core = CoordinatorCore(self.options, Log(2, last, committed, commits))
         for label in order if order is not None else list(self.actors):
             if label == "refit":
                 self.refit_all()
@@ -273,6 +279,8 @@ class Fleet:
             self._say(actor, "connect", connected=pb.Connected(epoch=message.exports.epoch))
         elif kind == "opened":
             actor.open = message.opened.version
+        elif kind == "arm" and self.busy:
+            pass  # no room yet: the version before is not adopted
         elif kind == "arm":
             actor.state, actor.version = pb.FILLING, message.arm.version
             self._say(actor, "armed", armed=pb.Armed(version=message.arm.version))
@@ -289,10 +297,11 @@ class Fleet:
                 actor.open = 0
             elif message.decide.commit:
                 actor.state = pb.COMMITTED
-            else:
+            elif actor.version == message.decide.version:
                 actor.state, actor.version = pb.IDLE, 0
         elif kind == "drop":
-            actor.state, actor.version = pb.IDLE, 0
+            if actor.version == message.drop.version:
+                actor.state, actor.version = pb.IDLE, 0
         elif kind == "apply":
             ok = not actor.apply_fails
             actor.apply_fails = False

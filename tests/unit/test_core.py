@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from support.fleet import Fleet
+from weightsync.service import weightsync_pb2 as pb
 
 
 def test_a_version_goes_from_publish_to_adopted() -> None:
@@ -212,3 +213,37 @@ def test_a_restart_between_ready_and_apply_tells_every_rank() -> None:
     fleet.restart_coordinator(order=["sink a/0", "refit", "sink a/1", "source 0"])
     fleet.resume("sink a/1")
     assert fleet.serving() == {"a": 1}
+
+
+def test_an_abort_leaves_the_adoption_of_the_version_before_alone() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2}, lease_s=1e9)
+    fleet.publish_all()
+    fleet.busy = True  # with version 1
+    fleet.publish_all(timeout_s=5.0)
+    fleet.advance(6.0)
+    assert fleet.decisions == [(1, True), (2, False)]
+    fleet.refit_all()
+    assert fleet.serving() == {"a": 1}
+
+
+def test_a_withdrawn_rank_is_not_told_to_apply() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2})
+    fleet.publish_all()
+    fleet.say("sink a/0", ready_to_apply=pb.ReadyToApply(version=1))
+    fleet.say("sink a/0", ready_to_apply=pb.ReadyToApply(version=1, withdrawn=True))
+    fleet.say("sink a/1", ready_to_apply=pb.ReadyToApply(version=1))
+    assert "apply" not in fleet.kinds("sink a/0") + fleet.kinds("sink a/1")
+    fleet.refit_all()
+    assert fleet.serving() == {"a": 1}
+
+
+def test_a_restart_tells_the_outcome_of_older_versions_too() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1})
+    fleet.publish_all()
+    fleet.refit_all()
+    fleet.publish_all()
+    fleet.refit_all()
+    fleet.actors["source 0"].open = 1  # it was away all the time
+    fleet.crash_now()
+    fleet.restart_coordinator()
+    assert fleet.outcomes("source 0")[-1][:2] == (1, True)

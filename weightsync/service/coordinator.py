@@ -21,7 +21,7 @@ from pathlib import Path
 import grpc
 
 from weightsync import failpoints
-from weightsync.errors import ConfigError, InternalError, WeightSyncError
+from weightsync.errors import ConfigError, FencedError, InternalError, WeightSyncError
 from weightsync.ir.plan import PlanOptions
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service import weightsync_pb2_grpc as rpc
@@ -227,7 +227,13 @@ class Coordinator:
                     queue.put_nowait(None)
             elif isinstance(action, Persist):
                 failpoints.hit("coordinator.voted")
-                self._journal.record(action.version, commit=action.commit, reason=action.reason)
+                try:
+                    self._journal.record(action.version, commit=action.commit, reason=action.reason)
+                except FencedError as error:
+                    # Nobody may hear of a decision that is not on disk: stop serving at once.
+                    _log.error("the coordinator at %s stops: %s", self.url, error)
+                    self._stopping.set()
+                    return
                 failpoints.hit("coordinator.recorded")
             else:
                 task = asyncio.create_task(self._plan(action))

@@ -40,6 +40,7 @@ class CoordinatorCore:
         self.incarnation = log.incarnation
         self.last_version = log.last_version
         self.committed_version = log.committed_version
+        self._commits = set(log.commits)
         self.epoch = 0
         self._roster = Roster()
         self._members = self._roster.members
@@ -114,11 +115,6 @@ class CoordinatorCore:
             self._abort(*self._roster.overdue(self._open, self.options.min_replicas))
         return self._finish()
 
-    @property
-    def is_idle(self) -> bool:
-        """No version is open and no replica is between commit and adoption."""
-        return self._open is None and not self._applying
-
     def status(self) -> pb.StatusReply:
         """What the job looks like now."""
         phase = self._open.phase.value if self._open is not None else "idle"
@@ -166,7 +162,7 @@ class CoordinatorCore:
             if version == self.committed_version and member.state == pb.PREPARED:
                 self._tell_outcome(member, version)
                 member.state = pb.COMMITTED
-            elif version <= self.last_version and version == self.committed_version:
+            elif version in self._commits:
                 self._drop(member, version, "the version was committed without this rank")
             else:
                 self._tell_outcome(member, version)
@@ -181,7 +177,7 @@ class CoordinatorCore:
         if version > self.last_version:
             reason = "the coordinator restarted before it decided"
             self._record(version, commit=False, reason=reason)
-        commit = version == self.committed_version
+        commit = version in self._commits
         problem = None
         if not commit:
             problem = _problem("VersionAbortedError", f"version {version} was aborted")
@@ -492,7 +488,8 @@ class CoordinatorCore:
         for member_id in [*sorted(ranks), *sorted(version.published)]:
             member = self._members.get(member_id)
             if member is not None:
-                if not member.is_source:
+                if not member.is_source and member.version == version.version:
+                    # Who was not armed keeps what it is: it may still adopt the version before.
                     member.state, member.version = pb.IDLE, 0
                 self._send(member_id, decide=decide)
         if version.phase is not Phase.OPEN:
@@ -504,6 +501,7 @@ class CoordinatorCore:
         self.last_version = max(self.last_version, version)
         if commit:
             self.committed_version = version
+            self._commits.add(version)
 
     def _current(self, version: int) -> OpenVersion | None:
         opened = self._open
@@ -515,7 +513,7 @@ class CoordinatorCore:
         replica = member.hello.replica
         if member.version != message.version or member.state != pb.COMMITTED:
             return
-        member.is_ready = True
+        member.is_ready = not message.withdrawn
         ranks = self._roster.replica(replica)
         ready = [m for m in ranks if m.is_ready and m.version == message.version]
         if len(ready) == member.hello.world_size and replica not in self._applying:
@@ -565,8 +563,10 @@ class CoordinatorCore:
 
     def _drop(self, member: Member, version: int, text: str) -> None:
         problem = _problem("PeerLostError", text)
-        torn = member.state == pb.APPLIED
-        member.state, member.version = (pb.TORN if torn else pb.IDLE), 0
+        if member.version == version:
+            torn = member.state == pb.APPLIED
+            member.state, member.version = (pb.TORN if torn else pb.IDLE), 0
+            member.is_ready = False
         self._send(member.id, drop=pb.Drop(version=version, problem=problem))
 
     def _tear(self, member: Member, version: int, text: str) -> None:

@@ -95,11 +95,13 @@ class Log:
         incarnation: Counts starts of the coordinator.
         last_version: Newest decided version, 0 for none.
         committed_version: Newest committed version, 0 for none.
+        commits: Versions that were committed.
     """
 
     incarnation: int = 1
     last_version: int = 0
     committed_version: int = 0
+    commits: frozenset[int] = frozenset()
 
 
 @dataclass

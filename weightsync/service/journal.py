@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from weightsync.errors import ConfigError
+from weightsync.errors import ConfigError, FencedError
 from weightsync.service.core_types import Log
 
 __all__ = ["Journal"]
@@ -61,19 +61,30 @@ class Journal:
             incarnation=int(row[0]),
             last_version=int(last[0]) if last[0] is not None else 0,
             committed_version=int(committed[0]) if committed[0] is not None else 0,
+            commits=frozenset(
+                int(v)
+                for (v,) in self._db.execute("SELECT version FROM decision WHERE is_commit = 1")
+            ),
         )
 
     def record(self, version: int, *, commit: bool, reason: str) -> None:
         """Write one decision; on return it survives a crash. Blocks for one fsync.
 
         Raises:
-            sqlite3.IntegrityError: The version is decided already: a decision never changes.
+            FencedError: The version is decided already, by another coordinator on this journal. A
+                record is never replaced, and who comes second must not go on.
         """
-        with self._db:
-            self._db.execute(
-                "INSERT INTO decision (version, is_commit, reason) VALUES (?, ?, ?)",
-                (version, int(commit), reason),
-            )
+        try:
+            with self._db:
+                self._db.execute(
+                    "INSERT INTO decision (version, is_commit, reason) VALUES (?, ?, ?)",
+                    (version, int(commit), reason),
+                )
+        except sqlite3.IntegrityError as error:
+            raise FencedError(
+                f"version {version} is decided already: another coordinator serves this job",
+                version=version,
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -153,11 +153,15 @@ class SinkMember(Member):
                     return False
                 if self.session is not session:
                     return False  # say ReadyToApply again on the new session
-                self._wait(
-                    deadline,
-                    f"{self.label} is ready for version {version}, but not every rank of "
-                    f"replica {self._replica} called refit in time",
-                )
+                try:
+                    self._wait(
+                        deadline,
+                        f"{self.label} is ready for version {version}, but not every rank of "
+                        f"replica {self._replica} called refit in time",
+                    )
+                except TransferTimeoutError:
+                    self.send(ready_to_apply=pb.ReadyToApply(version=version, withdrawn=True))
+                    raise
             self.state = pb.APPLYING
             return True
 
@@ -186,12 +190,14 @@ class SinkMember(Member):
                     self._wait(deadline, f"replica {self._replica} did not finish in time")
                 except WeightSyncError:
                     # Whether the others applied is not known: this rank must not serve.
-                    self._tear(
-                        TornError(
-                            f"{self.label} applied version {version}, but its replica did not "
-                            "acknowledge it in time; it serves again after the next version",
-                            version=version,
-                        )
+                    why = TornError(
+                        f"{self.label} applied version {version}, but its replica did not "
+                        "acknowledge it in time; it serves again after the next version",
+                        version=version,
+                    )
+                    self._tear(why)
+                    self.send(
+                        applied=pb.Applied(version=version, ok=False, problem=problem_of(why))
                     )
                     self._raise_if_torn()
         failpoints.hit("sink.active")
@@ -263,9 +269,7 @@ class SinkMember(Member):
         elif kind == "decide":
             self._decide(message.decide)
         elif kind == "apply":
-            with self.changed:
-                self._may_apply = message.apply.version
-                self.changed.notify_all()
+            self._told_to_apply(message.apply.version)
         elif kind == "activate":
             self._activate(message.activate.version)
         elif kind == "drop":
@@ -285,8 +289,24 @@ class SinkMember(Member):
                 return
         self._dropped(message.version, to_error(message.problem))
 
+    def _told_to_apply(self, version: int) -> None:
+        with self.changed:
+            if self._refitting:
+                self._may_apply = version
+                self.changed.notify_all()
+                return
+            # It withdrew too late: the others go on, so this replica cannot be whole.
+            why = TornError(
+                f"{self.label} was told to apply version {version} after its refit had ended",
+                version=version,
+            )
+            self._tear(why)
+        self.send(applied=pb.Applied(version=version, ok=False, problem=problem_of(why)))
+
     def _activate(self, version: int) -> None:
         with self.changed:
+            if self.state != pb.APPLIED or self.state_version != version:
+                return  # meant for what this rank is not any more
             self.state, self.state_version = pb.ACTIVE, version
             self.active_version = version
             self._may_apply = 0
@@ -422,6 +442,7 @@ class SinkMember(Member):
     def disconnected(self, why: WeightSyncError) -> None:
         """See `Member`: a version that is not prepared cannot be committed any more."""
         with self.changed:
+            self._may_apply = 0  # what was said on the old stream ended with it
             fenced = isinstance(why, FencedError)
             if self.state == pb.FILLING or (fenced and self.state == pb.PREPARED):
                 version = self.state_version
