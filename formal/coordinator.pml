@@ -20,7 +20,7 @@
 #define LOST(p) ((set & BIT(p)) && (IS_LOST(2 * p) || IS_LOST(2 * p + 1)))
 
 /* of the version `adopting`, which is committed */
-#define READY_(r) (rdy[r] == adopting)
+#define READY_(r) (rdy[r] == adopting || (rv[r] == adopting && (st[r] == APPLYING || st[r] == APPLIED)))
 #define APPLIED_(r) (apd[r] == adopting)
 #define ACTIVE_(r) (st[r] == ACTIVE && rv[r] == adopting)
 #define PAST_(r) (rv[r] > adopting)
@@ -127,7 +127,14 @@ inline forget(u) {
 #else
 #define ADOPT_ALL ADOPT_REP(0)
 #endif
-#define ADOPT ADOPT_ALL :: d_step { adopting && EVERY_REP(REP_SETTLED) -> forget(adopting); adopting = 0 }
+#if WITHDRAWS > 0
+#define GRANT :: d_step { \
+        adopting && asked[0] == 1 && rdy[0] == adopting && applyv[0] < adopting && outv[0] < adopting -> \
+        rdy[0] = 0; asked[0] = 2 }
+#else
+#define GRANT
+#endif
+#define ADOPT ADOPT_ALL GRANT :: d_step { adopting && EVERY_REP(REP_SETTLED) -> forget(adopting); adopting = 0 }
 
 #ifdef OVERLAP
 #define ADOPT_MEANWHILE ADOPT
@@ -259,19 +266,28 @@ last:
 recover:
     atomic {
         v = 1; set = 0; restarted = 1; adopting = 0;
-        /* What a rank has not acted on ends with the stream that brought it ... */
-#ifndef APPLY_OUTLIVES_STREAM
+        /* The streams end: an Apply that no rank acted on is void; ranks say again where they stand.
+         * A Drop that was on its way is lost, or arrives late: both are harmless. */
+        for (i : 0 .. NSINK - 1) {
+            rdy[i] = 0;
+#if WITHDRAWS > 0
+            asked[i] = 0;
+#endif
+            apd[i] = (st[i] == APPLIED || st[i] == ACTIVE -> apd[i] : 0)
+        }
+        i = 0;
         applyv[0] = 0;
 #if NREP == 2
         applyv[1] = 0;
 #endif
-#endif
-        if                                              /* ... or not, where being late is no harm */
+        if
         :: outv[0] = 0
 #if NREP == 2
            ; outv[1] = 0
 #endif
+#ifndef SPARSE
         :: skip
+#endif
         fi;
         goto next
     };

@@ -69,7 +69,7 @@ end_fabric:
         fi;
         k = s * NCH + c;
         /* I6: what still lands belongs to the version that the target is open for */
-#if defined(NO_FENCE) || defined(EARLY_DONE) || defined(DROP_NOT_FENCED)
+#if defined(NO_FENCE) || defined(EARLY_DONE) || defined(DROP_NOT_FENCED) || defined(DIGEST_FOR_ALL)
         CLAIM(I6_FENCED_WRITES_ARE_VOID, !IN_USE(r) || rv[r] == v);
 #else
         CLAIM(I6_FENCED_WRITES_ARE_VOID, IN_USE(r) && rv[r] == v);

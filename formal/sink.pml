@@ -117,6 +117,21 @@ end_rank:
         paused[r] = serve[r]; serve[r] = 0; st[r] = READY; rdy[r] = rv[r]
        }
 #endif
+#if COORD_CRASHES > 0
+    :: d_step { st[r] == READY && rdy[r] != rv[r] -> rdy[r] = rv[r] }   /* again, on the new stream */
+#endif
+#if WITHDRAWS > 0
+    :: d_step { r == 0 && st[r] == READY && withdraws > 0 -> withdraws--; asked[r] = 1 }
+    :: d_step {                                         /* granted: back to the old version, still committed */
+        asked[r] == 2 && st[r] == READY ->
+        asked[r] = 0;
+        serve[r] = serve[r] | paused[r];
+        paused[r] = 0;
+        st[r] = PREPARED;
+        check_serving(REP(r))
+       }
+    :: d_step { asked[r] != 0 && st[r] != READY -> asked[r] = 0 }
+#endif
 #ifdef READY_WITHDRAWN
     :: d_step { st[r] == READY && lv[r] != MIXED -> serve[r] = 1; st[r] = PREPARED; check_serving(REP(r)) }
 #endif

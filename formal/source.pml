@@ -67,7 +67,7 @@ step:
             covers[s] = 0;
             for (i : 0 .. NSINK - 1) {
                 if
-#ifdef DIGEST_FOR_ALL
+#if defined(DIGEST_FOR_ALL) || defined(EARLY_DONE)
                 :: writeset & BIT(i) -> covers[s] = covers[s] | BIT(i)
 #else
                 :: (FL(s, v) & RANK_WRITES(i)) == 0 -> covers[s] = covers[s] | BIT(i)

@@ -39,6 +39,9 @@
 #ifndef APPLY_FAILS
 #define APPLY_FAILS 0             /* apply fails on a rank that lives on */
 #endif
+#ifndef WITHDRAWS
+#define WITHDRAWS 0               /* a refit that runs out of time before its replica is ready */
+#endif
 #ifndef COORD_CRASHES
 #define COORD_CRASHES 0           /* the coordinator dies, or is frozen and replaced, in any state */
 #endif
@@ -133,6 +136,9 @@ bit paused[NSINK];                /* it would, but waits in refit */
 byte rank_digest[NSINK];          /* content seen by the digest */
 byte vote[NSINK];                 /* Vote(v, prepared) */
 byte rdy[NSINK];                  /* ReadyToApply(v) */
+#if WITHDRAWS > 0
+byte asked[NSINK];                /* 1: ReadyToApply(v, withdrawn), 2: granted */
+#endif
 byte apd[NSINK];                  /* Applied(v, ok) */
 byte highest[NREP];               /* ghost: highest version the replica has served */
 
@@ -155,6 +161,9 @@ byte hidden_left = UNSEEN;
 byte src_crashes = SRC_CRASHES;
 byte sink_crashes = SINK_CRASHES;
 byte apply_fails = APPLY_FAILS;
+#if WITHDRAWS > 0
+byte withdraws = WITHDRAWS;
+#endif
 byte coord_crashes = COORD_CRASHES;
 #ifdef DEADLINES
 byte deadlines = DEADLINES;

@@ -153,7 +153,8 @@ class SimWire:
         Args:
             engine: Name; empty means every engine that has no faults of its own.
             reorder: Deliver in any order.
-            delay_s: Each write takes up to this much longer, in virtual seconds; in order unless `reorder`.
+            delay_s: Each write takes up to this much longer, in virtual seconds; in order unless
+                `reorder`.
             duplicate: Chance that a write lands a second time, up to `late_s` later, with the bytes
                 of the first.
             drop: Chance that a write never lands; its operation fails with RailError.

@@ -283,6 +283,15 @@ def test_memory_that_a_source_takes_away_is_a_typed_error(engine: Engine) -> Non
     target.close()
 
 
+def test_a_source_that_cannot_be_read_is_told_when_it_connects() -> None:
+    with Peer() as sink, Peer() as source:
+        sink.call("drop_capabilities")
+        descriptor = sink.call("export", nbytes=MIB, slots=[1], is_private=True)
+        source.call("forbid_attaching")
+        with pytest.raises(PeerError, match=r"MemoryRegistrationError.*EPERM.*ptrace"):
+            source.call("connect", descriptor=descriptor)
+
+
 def test_connections_leave_no_descriptors_behind(engine: Engine) -> None:
     target = export(engine, MIB, [1], is_private=False)
     source = open_fabric("local")

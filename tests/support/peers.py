@@ -141,6 +141,18 @@ class _Server:
         assert self.remote.address is not None
         ctypes.memset(self.remote.address + offset, value, nbytes)
 
+    def drop_capabilities(self) -> None:
+        """Be no better than any process of this user; threads started from now on too."""
+        version_3 = 0x20080522
+        header = (ctypes.c_uint32 * 2)(version_3, 0)
+        none = (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, none) == 0
+
+    def forbid_attaching(self) -> None:
+        """As a process without core dumps: only privileged ones may read its memory."""
+        pr_set_dumpable = 4
+        assert ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0) == 0
+
     def unmap_payload(self) -> None:
         """Break the promise of the lease: the pages are gone while it lives."""
         first = -(-address_of(self.payload) // 4096) * 4096

@@ -70,7 +70,8 @@ def tensor_sizes(nbytes: int, num_tensors: int) -> list[int]:
             f"{_ITEM * num_tensors}"
         )
     if nbytes <= _MIXED_ABOVE * num_tensors:
-        return _shared_out(nbytes, [1.0] * num_tensors)
+        few, more = divmod(nbytes // _ITEM, num_tensors)
+        return [_ITEM * (few + (index < more)) for index in range(num_tensors)]
     draw = random.Random(_SEED)
     num_small = int(num_tensors * _SHARE_SMALL)
     num_middle = int(num_tensors * _SHARE_MIDDLE)

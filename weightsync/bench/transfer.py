@@ -21,7 +21,7 @@ from weightsync.client import Job
 from weightsync.demo.worker import Message, Team, Worker
 from weightsync.demo.workspace import Interrupts, workspace
 from weightsync.errors import ConfigError
-from weightsync.transport.fabrics import FABRICS
+from weightsync.transport.fabrics import FABRICS, open_fabric
 from weightsync.units import GIB, MIB, format_bytes, format_seconds, gb_per_s
 
 __all__ = ["TransferOptions", "run_transfer"]
@@ -61,7 +61,7 @@ class TransferOptions:
 
     def __post_init__(self) -> None:
         if self.fabric not in FABRICS:
-            raise ConfigError(f"fabric {self.fabric!r} is not built yet; there are {FABRICS}")
+            open_fabric(self.fabric)  # says what is wrong with it
         if self.fabric != "local":
             raise ConfigError(f"fabric {self.fabric!r} lives in one process; measure 'local'")
         if self.memory not in ("shared", "private"):

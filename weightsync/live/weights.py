@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from weightsync.errors import (
@@ -25,7 +26,7 @@ from weightsync.live.layout import match_buffers, module_layout
 from weightsync.live.sites import named_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from weightsync.ir.layout import Layout
     from weightsync.ir.manifest import Manifest
@@ -45,35 +46,37 @@ class _Snapshot:
 
     Args:
         names: As `named_tensors` lists them.
-        ids: Identities of the objects. They are not kept alive.
         addresses: Of local memory.
         num_writes: In place, as PyTorch counts them.
+        ids: Identities of the objects, which are not kept alive; empty if not asked for.
         meta: Hashes of dtype, shape and strides of local memory; empty if not asked for.
     """
 
     names: list[str]
-    ids: list[int]
     addresses: list[int]
     num_writes: list[int]
+    ids: list[int]
     meta: list[int]
 
     @classmethod
     def take(cls, weights: nn.Module | Mapping[str, Tensor], *, with_meta: bool = False) -> Self:
         """Look at all tensors now."""
         names, tensors = _listed(weights)
-        local = [_local(tensor) for tensor in tensors]
-        # Inference tensors do not count. A step on a DTensor counts up the DTensor alone.
-        num_writes = [0 if t.is_inference() else t._version for t in local]
-        for index, tensor in enumerate(tensors):
-            if tensor is not local[index]:
-                num_writes[index] += tensor._version
-        return cls(
-            names,
-            [id(tensor) for tensor in tensors],
-            [tensor.data_ptr() for tensor in local],
-            num_writes,
-            [hash((t.dtype, t.shape, t.stride())) for t in local] if with_meta else [],
-        )
+        local = _local(tensors)
+        try:
+            num_writes = [tensor._version for tensor in local]
+        except RuntimeError:  # inference tensors do not count
+            num_writes = [0 if t.is_inference() else t._version for t in local]
+        if local is not tensors:
+            # A step on a DTensor counts up the DTensor alone.
+            both = enumerate(zip(tensors, local, strict=True))
+            for index in [index for index, (tensor, part) in both if tensor is not part]:
+                num_writes[index] += tensors[index]._version
+        addresses = [tensor.data_ptr() for tensor in local]
+        if not with_meta:
+            return cls(names, addresses, num_writes, [], [])
+        meta = [hash((tensor.dtype, tensor.shape, tensor.stride())) for tensor in local]
+        return cls(names, addresses, num_writes, [id(tensor) for tensor in tensors], meta)
 
     def is_laid_out_as(self, other: _Snapshot) -> bool:
         """Whether these are the same tensors in the same memory, whatever is written there."""
@@ -99,6 +102,8 @@ class _Snapshot:
 
 def _listed(weights: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
     """Names and tensors; two lists, because ten thousand pairs would wake the garbage collector."""
+    if not isinstance(weights, nn.Module):
+        return list(weights.keys()), list(weights.values())
     names: list[str] = []
     tensors: list[Tensor] = []
     for name, tensor in named_tensors(weights):
@@ -107,9 +112,14 @@ def _listed(weights: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[
     return names, tensors
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Memory of this process. Unlike `to_local()` it makes no tensor and no node of a graph."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """Memory of this process. Unlike `to_local()` it makes no tensor and no node of a graph.
+
+    The same list where it holds no DTensor.
+    """
+    if not any(issubclass(kind, DTensor) for kind in set(map(type, tensors))):
+        return tensors
+    return [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
 
 
 class SourceWeights:
@@ -187,7 +197,7 @@ class SourceWeights:
         if self._known is not None:
             names, tensors = _listed(self._weights)
             if names == self._known.names:
-                found = np.array([_local(tensor).data_ptr() for tensor in tensors], np.int64)
+                found = np.array([tensor.data_ptr() for tensor in _local(tensors)], np.int64)
                 in_order: npt.NDArray[np.int64] = found[self._order]
                 return in_order
         return np.array([t.data_ptr() for t in self._tensors().values()], np.int64)

@@ -31,12 +31,13 @@ class Block : Counted<Kind::kBlock> {
     void set_exposed() noexcept { is_exposed_ = true; }
 
     // Leave the file to whoever still writes it and go on with a new one at the same address. With
-    // keep_contents the bytes are copied (one pass over the memory), else they read as zero.
+    // keep_contents the bytes are copied, else they read as zero and the pages come with take().
     void renew(bool keep_contents);
 
   private:
     std::uint64_t nbytes_;
-    bool is_prefaulted_;
+    const bool is_prefaulted_;
+    bool is_filled_ = false;
     UniqueFd fd_;
     Mapping mapping_;
     std::mutex mutex_;

@@ -100,7 +100,7 @@ class Mapping : Counted<Kind::kMapping> {
 
     [[nodiscard]] std::byte* data() const noexcept { return data_; }
     [[nodiscard]] std::uint64_t nbytes() const noexcept { return nbytes_; }
-    // Make every page present and writable now, so that the first write pays no fault.
+    // Map every page now, so that the first write pays no fault.
     void populate() const;
     // Put another file of the same length at the same address, at once for all threads.
     void replace(int fd) const;
@@ -119,6 +119,9 @@ class Mapping : Counted<Kind::kMapping> {
 // Anonymous file of exactly nbytes that nobody can resize any more: a peer that maps it can never
 // be hit by SIGBUS, and it leaves with its last user.
 [[nodiscard]] UniqueFd make_memfd(const char* name, std::uint64_t nbytes);
+// Give every page of a new memfd its memory, with the bytes at `contents` or zeros: a full machine
+// shows as an error here and not as a signal later. `mapping` is any mapping of the file.
+void fill_memfd(int fd, const Mapping& mapping, const std::byte* contents);
 // Size of a memfd received from a peer; refuses one that could still shrink.
 [[nodiscard]] std::uint64_t sealed_bytes(int fd);
 

@@ -49,6 +49,9 @@ template <class Ready>
     if (ready()) {
         return true;
     }
+    if (deadline.passed()) {
+        return ready();  // once more, as every wait looks after its deadline
+    }
     const auto spin_end = Deadline::Clock::now() + kSpin;
     do {
         for (int i = 0; i < 32; ++i) {

@@ -5,7 +5,5 @@ PYBIND11_MODULE(_native, m) {
     weightsync::bind_errors(m);
     weightsync::bind_engine(m);
     weightsync::bind_sim(m);
-#ifdef WEIGHTSYNC_HAS_KERNELS
     weightsync::bind_kernels(m);
-#endif
 }

@@ -144,6 +144,12 @@ void wait_slots(Target& target, const py::object& slots, std::optional<double> t
     target.wait(numbers, to_deadline(timeout_s));
 }
 
+void reset_slots(Target& target, const py::object& slots) {
+    const std::vector<std::int32_t> numbers = to_int32(slots, "slots");
+    const py::gil_scoped_release unlocked;  // a fence on another thread may take its time
+    target.reset(numbers);
+}
+
 void bind_memory(py::module_& m) {
     py::class_<Memory, std::shared_ptr<Memory>>(m, "Memory", py::buffer_protocol())
         .def_buffer([](Memory& memory) {
@@ -207,10 +213,7 @@ void bind_target(py::module_& m) {
             },
             py::arg("timeout_s") = 0.0, Unlocked())
         .def("missing", &Target::missing, py::arg("slot"), Unlocked())
-        .def(
-            "reset",
-            [](Target& target, const py::object& slots) { target.reset(to_int32(slots, "slots")); },
-            py::arg("slots"))
+        .def("reset", &reset_slots, py::arg("slots"))
         .def("flush", &Target::flush, Unlocked())
         .def("fence", &Target::fence, py::arg("discard") = false, Unlocked())
         .def("close", &Target::close, Unlocked())

@@ -16,11 +16,17 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <vector>
 
 #include <weightsync/error.hpp>
 #include <weightsync/wait.hpp>
 
 // Newer than the headers of glibc 2.36.
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
@@ -42,6 +48,23 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t step) noexce
 }
 
 std::atomic<InterruptHook> interrupt_hook{nullptr};
+
+Error no_memory(std::string_view call, int error, std::uint64_t nbytes) {
+    return os_error(Scope::kMemory, call, error,
+                    "not enough memory for " + std::to_string(nbytes) +
+                        " bytes: check `free -g` and the cgroup's memory limit");
+}
+
+// Whether shared memory gets huge pages here where it is advised.
+bool has_huge_shmem() {
+    static const bool has = [] {
+        std::ifstream file("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+        std::string line;
+        return std::getline(file, line) && line.find("[never]") == std::string::npos &&
+               line.find("[deny]") == std::string::npos;
+    }();
+    return has;
+}
 
 }  // namespace
 
@@ -164,19 +187,18 @@ Mapping::~Mapping() {
 }
 
 void Mapping::populate() const {
-    if (::madvise(data_, nbytes_, MADV_POPULATE_WRITE) == 0) {
+    // Reading maps sixteen pages of a file with one fault, writing one; both leave them writable.
+    if (::madvise(data_, nbytes_, MADV_POPULATE_READ) == 0) {
         return;
     }
-    if (errno == EINVAL) {  // before Linux 5.14: fault the pages in by hand, keeping their bytes
+    if (errno == EINVAL) {  // before Linux 5.14: touch them by hand
         for (std::uint64_t at = 0; at < nbytes_; at += page_bytes()) {
-            std::atomic_ref<unsigned char>(*reinterpret_cast<unsigned char*>(data_ + at))
-                .fetch_or(0, std::memory_order_relaxed);
+            [[maybe_unused]] const std::byte touched =
+                *static_cast<const volatile std::byte*>(data_ + at);
         }
         return;
     }
-    throw os_error(Scope::kMemory, "madvise(MADV_POPULATE_WRITE)", errno,
-                   "not enough memory for " + std::to_string(nbytes_) +
-                       " bytes: check `free -g` and the cgroup's memory limit");
+    throw no_memory("madvise(MADV_POPULATE_READ)", errno, nbytes_);
 }
 
 void Mapping::replace(int fd) const {
@@ -207,6 +229,28 @@ UniqueFd make_memfd(const char* name, std::uint64_t nbytes) {
         throw os_error(Scope::kMemory, "fcntl(F_ADD_SEALS)", errno, "");
     }
     return fd;
+}
+
+void fill_memfd(int fd, const Mapping& mapping, const std::byte* contents) {
+    if (has_huge_shmem() && mapping.nbytes() >= kHugePage &&
+        ::madvise(mapping.data(), mapping.nbytes(), MADV_POPULATE_WRITE) == 0) {
+        if (contents != nullptr) {
+            std::memcpy(mapping.data(), contents, mapping.nbytes());
+        }
+        return;
+    }
+    // Small pages: a system call for many is cheaper than a fault for each.
+    constexpr std::uint64_t kStep = std::uint64_t{1} << 20;
+    static const std::vector<std::byte> zeros(kStep);
+    for (std::uint64_t at = 0; at < mapping.nbytes();) {
+        const std::uint64_t count = std::min(kStep, mapping.nbytes() - at);
+        const ssize_t done = ::pwrite(fd, contents == nullptr ? zeros.data() : contents + at, count,
+                                      static_cast<off_t>(at));
+        if (done < 0 && errno != EINTR) {
+            throw no_memory("pwrite to a memfd", errno, mapping.nbytes());
+        }
+        at += done < 0 ? 0 : static_cast<std::uint64_t>(done);
+    }
 }
 
 std::uint64_t sealed_bytes(int fd) {

@@ -4,7 +4,6 @@
 
 #include <string>
 
-#include <weightsync/copy.hpp>
 #include <weightsync/error.hpp>
 #include <weightsync/ranges.hpp>
 
@@ -27,7 +26,9 @@ Block::Block(std::uint64_t nbytes, bool prefault)
       fd_(make_block_fd(nbytes)),
       mapping_(fd_.get(), file_bytes(nbytes)) {
     if (prefault) {
+        fill_memfd(fd_.get(), mapping_, nullptr);
         mapping_.populate();
+        is_filled_ = true;
     }
 }
 
@@ -39,8 +40,17 @@ bool Block::take() {
         }
         is_taken_ = true;
     }
-    if (is_exposed_) {
-        renew(true);
+    try {
+        if (is_exposed_) {
+            renew(true);
+        }
+        if (is_prefaulted_ && !is_filled_) {
+            mapping_.populate();  // brings missing pages, and leaves what was stored since
+            is_filled_ = true;
+        }
+    } catch (...) {
+        give_back();
+        throw;
     }
     return true;
 }
@@ -54,8 +64,7 @@ void Block::renew(bool keep_contents) {
     UniqueFd fresh = make_memfd("weightsync", mapping_.nbytes());
     if (keep_contents) {
         const Mapping copy(fresh.get(), mapping_.nbytes());
-        copy.populate();
-        copy_bytes(copy.data(), mapping_.data(), mapping_.nbytes());
+        fill_memfd(fresh.get(), copy, mapping_.data());
     }
     mapping_.replace(fresh.get());
     // The pages of the old file go now, not when its last writer wakes up and exits.
@@ -63,7 +72,8 @@ void Block::renew(bool keep_contents) {
                 static_cast<off_t>(mapping_.nbytes()));
     fd_ = std::move(fresh);
     is_exposed_ = false;
-    if (is_prefaulted_) {
+    is_filled_ = keep_contents;
+    if (keep_contents) {
         mapping_.populate();
     }
 }

@@ -87,14 +87,12 @@ class _CountingTarget:
     def begin(self, slots: list[int], num_chunks: int) -> None:
         self._slots, self._due = slots, self._seen + num_chunks
 
-    def poll(self) -> list[int]:
+    def poll(self, timeout_s: float | None = 0.0) -> list[int]:
         if self.count() < self._due:
+            time.sleep(0.0005)
             return []
         self._seen = self.count()
         return self._slots
-
-    def wait(self, slots: Any, timeout_s: float) -> None:
-        time.sleep(0.0005)
 
 
 def _double_count(patch: Patch) -> None:
