@@ -37,7 +37,8 @@ inline post(s, v, ranks) {
 #define CHOOSE_CHUNK(s_, v_, r_) CHOOSE(s_, v_, r_, 0)
 #endif
 #if NREP == 2
-#define CHOOSE_RANK(s_, v_) CHOOSE_CHUNK(s_, v_, 0) CHOOSE_CHUNK(s_, v_, 1) CHOOSE_CHUNK(s_, v_, 2) CHOOSE_CHUNK(s_, v_, 3)
+#define CHOOSE_RANK(s_, v_) \
+    CHOOSE_CHUNK(s_, v_, 0) CHOOSE_CHUNK(s_, v_, 1) CHOOSE_CHUNK(s_, v_, 2) CHOOSE_CHUNK(s_, v_, 3)
 #else
 #define CHOOSE_RANK(s_, v_) CHOOSE_CHUNK(s_, v_, 0) CHOOSE_CHUNK(s_, v_, 1)
 #endif

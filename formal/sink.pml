@@ -16,6 +16,11 @@
 #define DIGEST_NOW(r) true
 #endif
 #define TOLD_TO_APPLY(r) (st[r] == READY && applyv[REP(r)] == rv[r])
+#if WITHDRAWS > 0
+#define ASKED(r) (asked[r] != 0)
+#else
+#define ASKED(r) false
+#endif
 #define PAUSED(r) (!serve[r])
 
 /* Content after a fence: staged memory is fresh; live bytes stay, and could be anything. */
@@ -114,11 +119,14 @@ end_rank:
 #else
     :: d_step {                                         /* Decide(commit), then refit() is called */
         st[r] == PREPARED && dec[rv[r]] == COMMIT ->
-        paused[r] = serve[r]; serve[r] = 0; st[r] = READY; rdy[r] = rv[r]
+        paused[r] = serve[r]; serve[r] = 0; st[r] = READY; rdy[r] = rv[r];
+#if WITHDRAWS > 0
+        asked[r] = 0                                    /* answers name their version */
+#endif
        }
 #endif
 #if COORD_CRASHES > 0
-    :: d_step { st[r] == READY && rdy[r] != rv[r] -> rdy[r] = rv[r] }   /* again, on the new stream */
+    :: d_step { st[r] == READY && rdy[r] != rv[r] && !ASKED(r) -> rdy[r] = rv[r] }   /* again, on a new stream */
 #endif
 #if WITHDRAWS > 0
     :: d_step { r == 0 && st[r] == READY && withdraws > 0 -> withdraws--; asked[r] = 1 }
@@ -130,7 +138,6 @@ end_rank:
         st[r] = PREPARED;
         check_serving(REP(r))
        }
-    :: d_step { asked[r] != 0 && st[r] != READY -> asked[r] = 0 }
 #endif
 #ifdef READY_WITHDRAWN
     :: d_step { st[r] == READY && lv[r] != MIXED -> serve[r] = 1; st[r] = PREPARED; check_serving(REP(r)) }

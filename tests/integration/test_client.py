@@ -296,6 +296,19 @@ def test_a_coordinator_that_restarts_goes_on_with_its_versions(tmp_path: Path) -
             fleet.check()
 
 
+def test_a_refit_that_runs_out_of_time_leaves_the_old_version(job: Job) -> None:
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.train(1)
+        fleet.publish()
+        first = fleet.sinks["a", 0]
+        with pytest.raises(errors.TransferTimeoutError, match="not every rank"):
+            first.refit(timeout_s=0.3)
+        assert first.version is None
+        assert fleet.refit() == [1, 1]
+        fleet.check()
+
+
 def test_without_a_coordinator_joining_fails_in_time(tmp_path: Path) -> None:
     with pytest.raises(errors.PeerLostError, match="no coordinator"):
         Source(

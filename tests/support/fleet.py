@@ -86,7 +86,7 @@ class Fleet:
         self.run()
 
     def say(self, label: str, **kind: object) -> None:
-        self._say(self.actors[label], "", **kind)
+        self._say(self.actors[label], "say", **kind)
         self.run()
 
     def stall(self, label: str, *, at: str) -> None:

@@ -233,6 +233,7 @@ def test_a_withdrawn_rank_is_not_told_to_apply() -> None:
     fleet.say("sink a/0", ready_to_apply=pb.ReadyToApply(version=1, withdrawn=True))
     fleet.say("sink a/1", ready_to_apply=pb.ReadyToApply(version=1))
     assert "apply" not in fleet.kinds("sink a/0") + fleet.kinds("sink a/1")
+    assert fleet.kinds("sink a/0")[-1] == "withdrawn"
     fleet.refit_all()
     assert fleet.serving() == {"a": 1}
 
@@ -247,3 +248,16 @@ def test_a_restart_tells_the_outcome_of_older_versions_too() -> None:
     fleet.crash_now()
     fleet.restart_coordinator()
     assert fleet.outcomes("source 0")[-1][:2] == (1, True)
+
+
+def test_a_rank_known_torn_by_its_heartbeat_tears_a_replica_that_applies() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2})
+    fleet.publish_all()
+    fleet.stall("sink a/1", at="applied")
+    fleet.refit_all()
+    fleet.say("sink a/1", heartbeat=pb.Heartbeat(state=pb.TORN))
+    assert fleet.kinds("sink a/0")[-1] == "torn"
+    fleet.actors["sink a/1"].stalled_at = ""
+    fleet.publish_all()
+    fleet.refit_all()
+    assert fleet.serving() == {"a": 2}

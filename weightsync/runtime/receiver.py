@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from weightsync import failpoints
 from weightsync.encodings import kernels
-from weightsync.errors import IntegrityError, PlanBudgetError, TransferTimeoutError
+from weightsync.errors import IntegrityError, InternalError, PlanBudgetError, TransferTimeoutError
 from weightsync.ir import Arena
 from weightsync.ir.dtypes import ITEMSIZE, Dtype
 from weightsync.ir.plan import Plan
@@ -196,6 +196,8 @@ class Receiver:
 
     def apply(self) -> None:
         """Copy the staged weights over the live ones; nothing to do in place. Blocks."""
+        if self.mode == "staged" and self._memory is None:
+            raise InternalError("there is nothing staged to apply; it was fenced")
         if self.mode == "in_place" or self._memory is None:
             self._live_digests = self._filled  # only now the live weights are meant to be these
             return

@@ -93,13 +93,11 @@ class CoordinatorCore:
         sinks = [self._manifest(i) for i in binding.sinks]
         for side in (binding.sinks, binding.sources):
             for index, member_id in enumerate(side):
-                self._send(
-                    member_id,
-                    bind=pb.Bind(
-                        epoch=epoch, sources=sources, sinks=sinks, options_json=options_json,
-                        shares=shares, plan_digest=digest, index=index,
-                    ),
+                bind = pb.Bind(
+                    epoch=epoch, sources=sources, sinks=sinks, options_json=options_json,
+                    shares=shares, plan_digest=digest, index=index,
                 )  # fmt: skip
+                self._send(member_id, bind=bind)
         return self._finish()
 
     def tick(self, now: float) -> list[Action]:
@@ -243,9 +241,12 @@ class CoordinatorCore:
         self._remove(member.id, f"it left ({message.reason})" if message.reason else "it left")
 
     def _on_heartbeat(self, member: Member, message: pb.Heartbeat) -> None:
-        # Only what the core cannot know: everything else may be older than what it has sent since.
-        if message.state == pb.TORN:
+        # Only what the core cannot know: all else may be older than what it has sent since.
+        if message.state == pb.TORN and member.state != pb.TORN:
+            version = self._applying.pop(member.hello.replica, 0)
             member.state, member.active = pb.TORN, 0
+            for other in self._roster.replica(member.hello.replica) if version else ():
+                self._tear(other, version, f"{member.label} is torn")
 
     # ---- binding ----
 
@@ -514,6 +515,8 @@ class CoordinatorCore:
         if member.version != message.version or member.state != pb.COMMITTED:
             return
         member.is_ready = not message.withdrawn
+        if message.withdrawn:
+            self._send(member.id, withdrawn=pb.Withdrawn(version=message.version))
         ranks = self._roster.replica(replica)
         ready = [m for m in ranks if m.is_ready and m.version == message.version]
         if len(ready) == member.hello.world_size and replica not in self._applying:

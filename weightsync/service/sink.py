@@ -31,6 +31,7 @@ __all__ = ["SinkHooks", "SinkMember"]
 _log = logging.getLogger(__name__)
 
 _DRAIN_S = 5.0
+_WITHDRAW_S = 2.0  # one answer of a living coordinator
 
 
 class SinkHooks(Protocol):
@@ -88,6 +89,7 @@ class SinkMember(Member):
         self._cancel = threading.Event()
         self._may_apply = 0  # version that the replica applies now
         self._refitting = False
+        self._withdrawn = 0  # version that this rank need not apply, by the coordinator's word
         self._resume_due = 0  # version that the engine may generate from again; worker only
         self._torn: WeightSyncError | None = None
         self._problem: WeightSyncError | None = None  # binding failed, for refit to raise
@@ -160,10 +162,40 @@ class SinkMember(Member):
                         f"replica {self._replica} called refit in time",
                     )
                 except TransferTimeoutError:
-                    self.send(ready_to_apply=pb.ReadyToApply(version=version, withdrawn=True))
-                    raise
+                    if not self._withdraw(version):
+                        raise
             self.state = pb.APPLYING
             return True
+
+    def _withdraw(self, version: int) -> bool:
+        """Stop being ready, by agreement; call with `changed` held.
+
+        Returns:
+            True when the replica is applying by now, so that this rank must as well; False when
+            the coordinator has let it go.
+
+        Raises:
+            TornError: No answer came, or in place, where the weights hold the version already.
+        """
+        self._withdrawn = 0
+        self.send(ready_to_apply=pb.ReadyToApply(version=version, withdrawn=True))
+        deadline = time.monotonic() + _WITHDRAW_S
+        while self._may_apply != version:
+            self._raise_if_torn()
+            if self._withdrawn == version and self._receiver.mode == "staged":
+                return False
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or self._withdrawn == version:
+                why = TornError(
+                    f"{self.label} was ready for version {version} when its refit ran out of "
+                    "time, and cannot go back; it serves again after the next version",
+                    version=version,
+                )
+                self._tear(why)
+                self.send(applied=pb.Applied(version=version, ok=False, problem=problem_of(why)))
+                raise why
+            self.changed.wait(left_s)
+        return True
 
     def _apply(self, version: int) -> None:
         failpoints.hit("sink.applying")
@@ -270,6 +302,10 @@ class SinkMember(Member):
             self._decide(message.decide)
         elif kind == "apply":
             self._told_to_apply(message.apply.version)
+        elif kind == "withdrawn":
+            with self.changed:
+                self._withdrawn = message.withdrawn.version
+                self.changed.notify_all()
         elif kind == "activate":
             self._activate(message.activate.version)
         elif kind == "drop":

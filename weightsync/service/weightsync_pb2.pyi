@@ -565,6 +565,7 @@ class CoordinatorMessage(_message.Message):
     CLOSING_FIELD_NUMBER: _builtins.int
     DROP_FIELD_NUMBER: _builtins.int
     FORGET_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -599,6 +600,8 @@ class CoordinatorMessage(_message.Message):
     def drop(self) -> Global___Drop: ...
     @_builtins.property
     def forget(self) -> Global___Forget: ...
+    @_builtins.property
+    def withdrawn(self) -> Global___Withdrawn: ...
     def __init__(
         self,
         *,
@@ -619,12 +622,13 @@ class CoordinatorMessage(_message.Message):
         closing: Global___Closing | None = ...,
         drop: Global___Drop | None = ...,
         forget: Global___Forget | None = ...,
+        withdrawn: Global___Withdrawn | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "adopted", b"adopted", "apply", b"apply", "arm", b"arm", "bind", b"bind", "bound", b"bound", "closing", b"closing", "decide", b"decide", "drop", b"drop", "expect", b"expect", "exports", b"exports", "forget", b"forget", "kind", b"kind", "opened", b"opened", "refused", b"refused", "torn", b"torn", "welcome", b"welcome", "write", b"write"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "adopted", b"adopted", "apply", b"apply", "arm", b"arm", "bind", b"bind", "bound", b"bound", "closing", b"closing", "decide", b"decide", "drop", b"drop", "expect", b"expect", "exports", b"exports", "forget", b"forget", "kind", b"kind", "opened", b"opened", "refused", b"refused", "torn", b"torn", "welcome", b"welcome", "withdrawn", b"withdrawn", "write", b"write"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "adopted", b"adopted", "apply", b"apply", "arm", b"arm", "bind", b"bind", "bound", b"bound", "closing", b"closing", "decide", b"decide", "drop", b"drop", "expect", b"expect", "exports", b"exports", "forget", b"forget", "kind", b"kind", "opened", b"opened", "refused", b"refused", "torn", b"torn", "welcome", b"welcome", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "adopted", b"adopted", "apply", b"apply", "arm", b"arm", "bind", b"bind", "bound", b"bound", "closing", b"closing", "decide", b"decide", "drop", b"drop", "expect", b"expect", "exports", b"exports", "forget", b"forget", "kind", b"kind", "opened", b"opened", "refused", b"refused", "torn", b"torn", "welcome", b"welcome", "withdrawn", b"withdrawn", "write", b"write"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "bind", "exports", "bound", "opened", "arm", "write", "expect", "decide", "apply", "activate", "torn", "adopted", "closing", "drop", "forget"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "bind", "exports", "bound", "opened", "arm", "write", "expect", "decide", "apply", "activate", "torn", "adopted", "closing", "drop", "forget", "withdrawn"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -940,6 +944,27 @@ class Apply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Apply: _TypeAlias = Apply  # noqa: Y015
+
+@_typing.final
+class Withdrawn(_message.Message):
+    """The answer to a withdrawn ReadyToApply: the rank will not be told to apply."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Withdrawn: _TypeAlias = Withdrawn  # noqa: Y015
 
 @_typing.final
 class Activate(_message.Message):
