@@ -47,15 +47,23 @@ class Fault:
 
 
 def every_fault() -> list[Fault]:
-    """All roles, stages and actions once, modes in turn, and one corrupted byte per mode."""
+    """All roles, stages and actions, and one corrupted byte per mode.
+
+    Sources are hit in both modes, for their faults are those that abort; the others in turn.
+    """
+    modes = ("staged", "in_place")
     faults = [
-        Fault(role, stage, action)
-        for role, stages in STAGES.items()
-        for stage in stages
+        Fault("source", stage, action, mode)
+        for stage in STAGES["source"]
+        for action in ACTIONS
+        for mode in modes
+    ]
+    faults += [
+        Fault(role, stage, action, modes[index % 2])
+        for role in ("sink", "coordinator")
+        for index, stage in enumerate(STAGES[role])
         for action in ACTIONS
     ]
-    modes = ("staged", "in_place")
-    faults = [Fault(f.role, f.stage, f.action, modes[i // 2 % 2]) for i, f in enumerate(faults)]
     return [*faults, *(Fault("sink", "flip", "flip", mode) for mode in modes)]
 
 
@@ -205,10 +213,9 @@ class Run:
         elif self.result.was_hit and self.fault.action == "kill":
             self._start(victim, restarted=True)
         self._until(lambda: self._is_over(fault_version), f"version {fault_version} is over")
-        self.result.decision, self.result.why = (
-            self._decision(fault_version),
-            self._why(fault_version),
-        )
+        self.result.why = self._why(fault_version)
+        # No record means abort: that is what everybody is told.
+        self.result.decision = self._decision(fault_version) or "abort"
         if self.result.was_hit and self.fault.role == "source" and self.fault.action == "stop":
             # Somebody takes its place; the zombie wakes later, with writes still on its mind.
             self._start(victim, restarted=True)
