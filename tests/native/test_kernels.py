@@ -395,6 +395,44 @@ def test_pack_digest_of_many_tiles(threads: int) -> None:
     np.testing.assert_array_equal(copied, codes)
 
 
+@pytest.mark.parametrize("item", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("shape", "lo", "step"),
+    [
+        pytest.param((200_064,), (0,), (1,), id="flat"),
+        pytest.param((200_001,), (0,), (1,), id="flat, not in whole vectors"),
+        pytest.param((200_064,), (4064,), (1,), id="flat, from a vector inside a run"),
+        pytest.param((200_064,), (4095,), (1,), id="flat, from inside a run"),
+        pytest.param((200_064,), (64,), (3,), id="every third element"),
+        pytest.param((40, 7168), (3, 32), (2, 1), id="every other row"),
+        pytest.param((3, 300, 128), (7, 0, 128), (1, 5, 1), id="experts"),
+        pytest.param((70_000, 1), (0, 0), (1, 1), id="last dim of one"),
+    ],
+)
+def test_pack_digest_of_a_long_run(
+    item: int, shape: tuple[int, ...], lo: tuple[int, ...], step: tuple[int, ...]
+) -> None:
+    """Long plain copies go around the caches, in whole vectors: no head or tail may be lost."""
+    count = int(np.prod(shape))
+    raw = random_codes((count + 128,), item)
+    guard = random_codes((count + 256,), item, seed=1)
+    first = -(address(raw) // item) % (64 // item)  # of a line
+    for from_line, to_line in [(0, 0), (1, 0), (16, 0), (0, 1), (1, 3)]:
+        codes = raw[first + from_line :][:count].reshape(shape)
+        expected = reference_digest(codes, lo, step, 17)
+        for isa in ISAS:
+            memory = guard.copy()
+            start = -(address(memory) // item) % (64 // item) + to_line
+            out = memory[start:][:count].reshape(shape)
+            row = pack_row(codes, out, CODE_DTYPES[item], CODE_DTYPES[item])
+            keys = pack_keys([17], padded(lo, 0), padded(step, 1))
+            found = _native.pack_digest(row, keys, np.zeros(1, np.int32), 1, isa=isa)
+            assert int(found[0]) == expected, (from_line, to_line, isa)
+            np.testing.assert_array_equal(out, codes)
+            np.testing.assert_array_equal(memory[:start], guard[:start])
+            np.testing.assert_array_equal(memory[start + count :], guard[start + count :])
+
+
 # ---- constants ----
 
 

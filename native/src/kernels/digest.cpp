@@ -91,9 +91,13 @@ void copy_items(const std::byte* data, std::int64_t stride, std::int64_t n, std:
 
 class RowDigest {
   public:
-    RowDigest(const DigestRow& row, const DigestKernels& kernels) noexcept
+    RowDigest(const DigestRow& row, const DigestKernels& kernels,
+              std::byte* copy = nullptr) noexcept
         : row_(row),
-          dot_(row.itemsize == 1 ? kernels.strip8 : kernels.strip16),
+          copy_(copy),
+          dot_(copy != nullptr     ? kernels.strip16_copy
+               : row.itemsize == 1 ? kernels.strip8
+                                   : kernels.strip16),
           units_(row.itemsize == 1 ? 1 : row.itemsize / 2),
           base_(key_at(KeyStream(row.seed, KeyFamily::kTensor, 0).state)) {
         for (int d = 0; d < kDims - 1; ++d) {
@@ -190,8 +194,9 @@ class RowDigest {
             ahead = inner.stride * ((kPrefetchBytes + run_bytes - 1) / run_bytes);
         }
         nest(loops_.at, num_outer, data, base_, [&](const std::byte* at, Multiplier outer) {
+            std::byte* copy = copy_ == nullptr ? nullptr : copy_ + (at - row_.data);
             add(outer, dot_({at, inner.stride, inner.n, inner.state, inner.delta, segments.data(),
-                             static_cast<std::int64_t>(segments.size()), ahead}));
+                             static_cast<std::int64_t>(segments.size()), ahead, copy}));
         });
     }
 
@@ -274,6 +279,7 @@ class RowDigest {
     }
 
     const DigestRow& row_;
+    std::byte* copy_;  // nullptr: digest only
     StripDot dot_;
     std::int64_t units_;  // per element
     Multiplier base_;     // key of the tensor and of the dims that have one index
@@ -317,6 +323,19 @@ Multiplier digest_row(const DigestRow& row, const DigestKernels& kernels) noexce
         return {0, 0};
     }
     return RowDigest(row, kernels).run();
+}
+
+bool can_digest_copy(const DigestRow& row, const std::byte* copy,
+                     const DigestKernels& kernels) noexcept {
+    const std::int64_t units = row.itemsize / 2;
+    return kernels.strip16_copy != nullptr && units > 0 && row.step[3] == 1 && row.n[3] > 1 &&
+           row.n[3] * units % kCopyUnits == 0 && row.lo[3] * units % kCopyUnits == 0 &&
+           reinterpret_cast<std::uintptr_t>(copy) % kCopyAlignment == 0;
+}
+
+Multiplier digest_copy_row(const DigestRow& row, std::byte* copy,
+                           const DigestKernels& kernels) noexcept {
+    return RowDigest(row, kernels, copy).run();
 }
 
 void GroupSums::add(std::int64_t row, Multiplier lanes) noexcept {

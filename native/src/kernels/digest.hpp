@@ -47,6 +47,18 @@ struct DigestRow {
 // Both lanes of one box.
 [[nodiscard]] Multiplier digest_row(const DigestRow& row, const DigestKernels& kernels) noexcept;
 
+// Copies of at least this size go around the caches. Measured on Zen 5, see copy.cpp.
+inline constexpr std::int64_t kStreamBytes = std::int64_t{64} << 10;
+
+// Whether digest_copy_row can take a row, one run of bytes, that is to be copied to `copy`.
+[[nodiscard]] bool can_digest_copy(const DigestRow& row, const std::byte* copy,
+                                   const DigestKernels& kernels) noexcept;
+
+// digest_row() that in the same pass copies the row, around the caches; they are globally visible
+// after store_fence().
+[[nodiscard]] Multiplier digest_copy_row(const DigestRow& row, std::byte* copy,
+                                         const DigestKernels& kernels) noexcept;
+
 // Lane sums by group; groups may be added to from several threads.
 class GroupSums {
   public:

@@ -58,8 +58,8 @@ Multiplier strip_portable(const Strip& strip) {
     return sum;
 }
 
-constexpr DigestKernels kPortableKernels{strip_portable<std::uint8_t>,
-                                         strip_portable<std::int16_t>};
+constexpr DigestKernels kPortableKernels{strip_portable<std::uint8_t>, strip_portable<std::int16_t>,
+                                         nullptr};
 
 #if defined(__x86_64__)
 
@@ -86,7 +86,7 @@ WS_AVX2 inline std::uint32_t sum_256(__m256i v) {
     return static_cast<std::uint32_t>(_mm_cvtsi128_si32(s));
 }
 
-template <class Unit>
+template <class Unit, bool kCopy>
 WS_AVX2 Multiplier strip_avx2(const Strip& strip) {
     constexpr auto kBytes = static_cast<std::int64_t>(sizeof(Unit));
     __m256i sum0 = _mm256_setzero_si256();
@@ -99,6 +99,7 @@ WS_AVX2 Multiplier strip_avx2(const Strip& strip) {
         for (std::int64_t s = 0; s < strip.num_segments; ++s) {
             const Segment& segment = strip.segments[s];
             const std::byte* units = data + segment.offset;
+            [[maybe_unused]] std::byte* copy = kCopy ? strip.copy + (units - strip.data) : nullptr;
             const std::int16_t* keys0 = segment.keys0;
             const std::int16_t* keys1 = segment.keys1;
             const std::int64_t length = segment.length;
@@ -111,6 +112,11 @@ WS_AVX2 Multiplier strip_avx2(const Strip& strip) {
                 prefetch(units + i * kBytes + strip.ahead);
                 const __m256i x = load_units_256<Unit>(units + i * kBytes);
                 const __m256i y = load_units_256<Unit>(units + (i + 16) * kBytes);
+                if constexpr (kCopy) {
+                    auto* to = reinterpret_cast<__m256i*>(copy + i * kBytes);
+                    _mm256_stream_si256(to, x);
+                    _mm256_stream_si256(to + 1, y);
+                }
                 a0 = _mm256_add_epi32(a0, dot_256(x, keys0 + i));
                 a1 = _mm256_add_epi32(a1, dot_256(x, keys1 + i));
                 b0 = _mm256_add_epi32(b0, dot_256(y, keys0 + i + 16));
@@ -140,7 +146,9 @@ WS_AVX2 Multiplier strip_avx2(const Strip& strip) {
     return {tail.lane0 + sum_256(sum0), tail.lane1 + sum_256(sum1)};
 }
 
-constexpr DigestKernels kAvx2Kernels{strip_avx2<std::uint8_t>, strip_avx2<std::int16_t>};
+constexpr DigestKernels kAvx2Kernels{strip_avx2<std::uint8_t, false>,
+                                     strip_avx2<std::int16_t, false>,
+                                     strip_avx2<std::int16_t, true>};
 
 template <class Unit>
 WS_AVX512 inline __m512i load_units_512(const std::byte* at) {
@@ -171,7 +179,7 @@ WS_AVX512 inline __m512i dot_512(__m512i units, const std::int16_t* keys) {
     return _mm512_madd_epi16(units, _mm512_loadu_si512(keys));
 }
 
-template <class Unit>
+template <class Unit, bool kCopy>
 WS_AVX512 Multiplier strip_avx512(const Strip& strip) {
     constexpr auto kBytes = static_cast<std::int64_t>(sizeof(Unit));
     if constexpr (kBytes == 2) {
@@ -179,7 +187,7 @@ WS_AVX512 Multiplier strip_avx512(const Strip& strip) {
         if (!is_aligned && strip.segments[0].length >= 1024) {
             // Every load of memory would cross a line here, only every other one there: 10 %
             // faster.
-            return strip_avx2<Unit>(strip);
+            return strip_avx2<Unit, kCopy>(strip);
         }
     }
     __m512i sum0 = _mm512_setzero_si512();
@@ -191,6 +199,7 @@ WS_AVX512 Multiplier strip_avx512(const Strip& strip) {
         for (std::int64_t s = 0; s < strip.num_segments; ++s) {
             const Segment& segment = strip.segments[s];
             const std::byte* units = data + segment.offset;
+            [[maybe_unused]] std::byte* copy = kCopy ? strip.copy + (units - strip.data) : nullptr;
             const std::int16_t* keys0 = segment.keys0;
             const std::int16_t* keys1 = segment.keys1;
             const std::int64_t length = segment.length;
@@ -206,6 +215,10 @@ WS_AVX512 Multiplier strip_avx512(const Strip& strip) {
                 }
                 const __m512i x = load_units_512<Unit>(units + i * kBytes);
                 const __m512i y = load_units_512<Unit>(units + (i + 32) * kBytes);
+                if constexpr (kCopy) {
+                    _mm512_stream_si512(reinterpret_cast<__m512i*>(copy + i * kBytes), x);
+                    _mm512_stream_si512(reinterpret_cast<__m512i*>(copy + (i + 32) * kBytes), y);
+                }
                 a0 = _mm512_add_epi32(a0, dot_512(x, keys0 + i));
                 a1 = _mm512_add_epi32(a1, dot_512(x, keys1 + i));
                 b0 = _mm512_add_epi32(b0, dot_512(y, keys0 + i + 32));
@@ -213,6 +226,9 @@ WS_AVX512 Multiplier strip_avx512(const Strip& strip) {
             }
             if (i + 32 <= length) {
                 const __m512i x = load_units_512<Unit>(units + i * kBytes);
+                if constexpr (kCopy) {
+                    _mm512_stream_si512(reinterpret_cast<__m512i*>(copy + i * kBytes), x);
+                }
                 a0 = _mm512_add_epi32(a0, dot_512(x, keys0 + i));
                 a1 = _mm512_add_epi32(a1, dot_512(x, keys1 + i));
                 i += 32;
@@ -234,7 +250,9 @@ WS_AVX512 Multiplier strip_avx512(const Strip& strip) {
     return {sum_512(sum0), sum_512(sum1)};
 }
 
-constexpr DigestKernels kAvx512Kernels{strip_avx512<std::uint8_t>, strip_avx512<std::int16_t>};
+constexpr DigestKernels kAvx512Kernels{strip_avx512<std::uint8_t, false>,
+                                       strip_avx512<std::int16_t, false>,
+                                       strip_avx512<std::int16_t, true>};
 
 #undef WS_AVX2
 #undef WS_AVX512

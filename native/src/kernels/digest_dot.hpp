@@ -27,7 +27,8 @@ struct Strip {
     std::uint64_t delta;  // added to it from run to run
     const Segment* segments;
     std::int64_t num_segments;
-    std::int64_t ahead;  // bytes from what is read to what is prefetched
+    std::int64_t ahead;         // bytes from what is read to what is prefetched
+    std::byte* copy = nullptr;  // where strip16_copy stores data[0]; the rest lies likewise
 };
 
 // Sum over runs and segments of key(run) * key(segment) * (sum over units of unit * C).
@@ -36,7 +37,12 @@ using StripDot = Multiplier (*)(const Strip& strip);
 struct DigestKernels {
     StripDot strip8;   // one-byte codes: zero-extended units
     StripDot strip16;  // all others: memory as signed 16-bit units
+    // strip16 that also stores what it reads, around the caches; nullptr where there is none. Every
+    // segment must be a multiple of kCopyUnits long and land on a multiple of kCopyAlignment.
+    StripDot strip16_copy;
 };
+inline constexpr std::int64_t kCopyUnits = 32;
+inline constexpr std::int64_t kCopyAlignment = 64;
 
 [[nodiscard]] const DigestKernels& digest_kernels(Isa isa) noexcept;
 

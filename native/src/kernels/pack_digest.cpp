@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include <weightsync/copy.hpp>
+
 #include "digest.hpp"
 #include "pack.hpp"
 
@@ -25,9 +27,21 @@ struct KeyedRow : PackRow {
         return part;
     }
 
-    [[nodiscard]] DigestRow destination() const noexcept {
+    // Whether it is one run of bytes that stay as they are.
+    [[nodiscard]] bool is_run() const noexcept {
+        std::int64_t run = itemsize(src_dtype);
+        for (int d = kDims - 1; d >= 0; --d) {
+            if (n[d] != 1 && (src_stride[d] != run || dst_stride[d] != run)) {
+                return false;
+            }
+            run *= n[d];
+        }
+        return src_dtype == dst_dtype;
+    }
+
+    [[nodiscard]] DigestRow digest_of(const std::byte* data) const noexcept {
         DigestRow row;
-        row.data = dst;
+        row.data = data;
         row.itemsize = itemsize(dst_dtype);
         row.seed = seed;
         std::copy_n(lo, kDims, row.lo);
@@ -69,9 +83,21 @@ void pack_digest(std::span<const std::int64_t> table, std::span<const std::int64
             return load_row(table.data() + i * kPackColumns, keys.data() + i * kPackKeyColumns);
         },
         [&](std::int64_t i, const KeyedRow& row) {
+            const bool is_long_run = row.size_bytes() >= kStreamBytes && row.is_run();
+            if (is_long_run && can_digest_copy(row.digest_of(row.src), row.dst, kernels)) {
+                groups.add(i, digest_copy_row(row.digest_of(row.src), row.dst, kernels));
+                store_fence();
+                return;
+            }
             for_each_part(row, kTileBytes, [&](const KeyedRow& part) {
+                if (is_long_run) {
+                    // The source is in cache after its digest, the destination never is.
+                    groups.add(i, digest_row(part.digest_of(part.src), kernels));
+                    copy_bytes(part.dst, part.src, static_cast<std::uint64_t>(part.size_bytes()));
+                    return;
+                }
                 pack_row(part, isa);
-                groups.add(i, digest_row(part.destination(), kernels));
+                groups.add(i, digest_row(part.digest_of(part.dst), kernels));
             });
         });
 }
