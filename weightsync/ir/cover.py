@@ -14,6 +14,7 @@ at both points below 2**-50 for buffers up to 2**36 elements. Volume and bounds 
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import numpy as np
@@ -60,20 +61,23 @@ def _multiply(a: _U64, b: _U64) -> _U64:
     return result
 
 
+@functools.cache  # at most six per point: exponents have fewer than 64 bits
+def _power_table(point: int, number: int) -> _U64:
+    """Return `x**(i << (_WINDOW * number))` for i below `2**_WINDOW`, where x is the point."""
+    base = pow(point, 1 << (_WINDOW * number), _PRIME)
+    table = np.ones(1, np.uint64)
+    for _ in range(_WINDOW):  # doubles the table: the upper half is the lower times base
+        table = np.concatenate([table, _multiply(table, np.full_like(table, base))])
+        base = base * base % _PRIME
+    return table
+
+
 class _Powers:
     """Powers of one point, by table lookup of `_WINDOW` exponent bits at a time."""
 
     def __init__(self, point: int, largest: int) -> None:
-        self.tables: list[_U64] = []
-        while largest:
-            table = np.ones(1, np.uint64)
-            base = point
-            for _ in range(_WINDOW):  # doubles the table: the upper half is the lower times base
-                table = np.concatenate([table, _multiply(table, np.full_like(table, base))])
-                base = base * base % _PRIME
-            self.tables.append(table)
-            point = base
-            largest >>= _WINDOW
+        num_tables = -(-largest.bit_length() // _WINDOW)
+        self.tables = [_power_table(point, number) for number in range(num_tables)]
 
     def __call__(self, exponent: IntArray) -> _U64:
         result = np.ones(exponent.shape, np.uint64)

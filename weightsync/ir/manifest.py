@@ -165,8 +165,15 @@ class Manifest:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview) -> Manifest:
+    def from_bytes(
+        cls, data: bytes | memoryview, *, ranks: tuple[str, ...] | None = None
+    ) -> Manifest:
         """Read `to_bytes`; everything is validated, so bytes of a stranger are safe to read.
+
+        Args:
+            data: The bytes.
+            ranks: Labels in place of those in the bytes; a layout does not know which replica it
+                is for, a job does.
 
         Raises:
             ConfigError: Not a manifest, or one larger than the limits.
@@ -182,7 +189,7 @@ class Manifest:
             raise ConfigError(f"manifest of unknown side {header['side']!r}")
         return cls(
             side=header["side"],
-            ranks=names["ranks"],
+            ranks=names["ranks"] if ranks is None else ranks,
             tensors=TensorTable(names["tensors"], **columns[0]),
             buffers=BufferTable(names["buffers"], **columns[1]),
             pieces=PieceTable(**columns[2]),

@@ -277,7 +277,7 @@ class Receiver:
                     raise IntegrityError(
                         f"bucket {bucket.bucket} from source {source} holds other values than "
                         f"were read there: {', '.join(names[:_MAX_NAMED])}{more}",
-                        tensor=names[0],
+                        tensor=names[0] if len(names) == 1 else None,
                         rank=self.sink,
                     )
         return True

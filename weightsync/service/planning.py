@@ -70,10 +70,7 @@ def read_options(text: str) -> PlanOptions:
 
 
 def _merge(side: Side, members: Sequence[tuple[str, bytes]]) -> Manifest:
-    # A layout does not know which replica it is for; the job does.
-    manifests = [
-        dataclasses.replace(Manifest.from_bytes(data), ranks=(label,)) for label, data in members
-    ]
+    manifests = [Manifest.from_bytes(data, ranks=(label,)) for label, data in members]
     return Manifest.merge(side, manifests)
 
 
