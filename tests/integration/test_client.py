@@ -309,6 +309,63 @@ def test_a_refit_that_runs_out_of_time_leaves_the_old_version(job: Job) -> None:
         fleet.check()
 
 
+def test_an_abort_of_the_next_version_leaves_a_committed_one(job: Job) -> None:
+    """Rule R12 of docs/protocol.md: nobody adopted version 1 yet when version 2 is given up."""
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.train(1)
+        fleet.publish()
+        committed = {name: value.clone() for name, value in fleet.values.items()}
+        fleet.train(2)
+        failures = _failures(fleet.start_publish(timeout_s=1.0))
+        assert len(failures) == SOURCES
+        for error in failures:
+            assert isinstance(error, errors.TransferTimeoutError | errors.VersionError), error
+        assert fleet.refit() == [1, 1]
+        fleet.values = committed
+        fleet.check()
+
+
+def test_a_replica_that_is_lost_does_not_hold_the_others_back() -> None:
+    with Job.start(min_replicas=1) as job:
+        fleet = Fleet(job, replicas="ab")
+        with fleet.stack:
+            fleet.train(1)
+            assert {r.num_replicas for r in fleet.publish()} == {2}
+            fleet.refit()
+            fleet.sinks.pop(("b", 1)).close()
+            fleet.train(2)
+            assert {(r.version, r.num_replicas) for r in fleet.publish()} == {(2, 1)}
+            whole = {key: sink for key, sink in fleet.sinks.items() if key[0] == "a"}
+            assert [f.result() for f in [fleet.pool.submit(s.refit) for s in whole.values()]] == [
+                2
+            ] * 2
+            # A new rank in its place makes the replica whole for the next version.
+            fleet.sinks["b", 1] = fleet.stack.enter_context(
+                Sink(
+                    fleet.live["b", 1], layout=ToySinkLayout(2), replica="b", rank=1,
+                    world_size=2, job=job, timeout_s=TIMEOUT_S,
+                )
+            )  # fmt: skip
+            fleet.train(3)
+            assert {(r.version, r.num_replicas) for r in fleet.publish()} == {(3, 2)}
+            assert fleet.refit() == [3] * 4
+            fleet.check()
+
+
+def test_too_few_replicas_are_no_quorum() -> None:
+    with Job.start(min_replicas=2) as job:
+        fleet = Fleet(job, replicas="ab")
+        with fleet.stack:
+            fleet.sinks.pop(("b", 1)).close()
+            fleet.train(1)
+            failures = _failures(fleet.start_publish(timeout_s=1.0))
+            assert len(failures) == SOURCES
+            for error in failures:
+                assert isinstance(error.__cause__ or error, errors.NoQuorumError), error
+            assert all(sink.version is None for sink in fleet.sinks.values())
+
+
 def test_without_a_coordinator_joining_fails_in_time(tmp_path: Path) -> None:
     with pytest.raises(errors.PeerLostError, match="no coordinator"):
         Source(
