@@ -29,7 +29,7 @@ test: setup
 
 test-long: export WEIGHTSYNC_TEST_TIER = long
 test-long: setup
-	@$(BIN)/pytest -o faulthandler_timeout=7200
+	@$(BIN)/pytest -o timeout=3600 -o faulthandler_timeout=7200
 
 bench: setup
 	@$(BIN)/weightsync bench transfer --json

@@ -157,22 +157,27 @@ TEST(fences_and_closes_race_with_writers) {
 }
 
 TEST(engines_close_under_load) {
+    constexpr std::uint64_t kOperations = 8;
     for (const Pair& pair : all_pairs()) {
         const auto payload = test::pattern(4U << 20, 8);
-        const Arena arena(pair, payload.size());
-        const auto target = arena.open({1}, 1);
+        const Arena arena(pair, kOperations * payload.size());
+        const auto target = arena.open({kOperations}, 1);
         const auto lease = pair.source->add_lease(address_of(payload), payload.size(), nullptr);
         const auto remote = pair.source->connect(target->descriptor(), Deadline::after(30));
         std::vector<std::shared_ptr<Operation>> operations;
-        const std::vector<Write> rows{{address_of(payload), 0, payload.size(), 0}};
-        for (int i = 0; i < 8; ++i) {
-            operations.push_back(remote->post(rows));
+        // Each to a place of its own: two writes to one would race, as they may on any fabric.
+        const auto rows = [&](std::uint64_t i) {
+            return std::vector<Write>{{address_of(payload), i * payload.size(), payload.size(),
+                                       static_cast<std::int64_t>(i)}};
+        };
+        for (std::uint64_t i = 0; i < kOperations; ++i) {
+            operations.push_back(remote->post(rows(i)));
         }
         pair.source->close();
         for (const auto& operation : operations) {
             CHECK(operation->is_done());
         }
-        CHECK(scope_of([&] { [[maybe_unused]] const auto none = remote->post(rows); }) ==
+        CHECK(scope_of([&] { [[maybe_unused]] const auto none = remote->post(rows(0)); }) ==
               Scope::kConfig);
         pair.sink->close();
     }

@@ -294,6 +294,10 @@ def test_a_coordinator_that_restarts_goes_on_with_its_versions(tmp_path: Path) -
             assert {r.version for r in fleet.publish()} == {2}
             fleet.refit()
             fleet.check()
+            # The sessions with the old coordinator took their threads with them.
+            members = SOURCES + len(fleet.sinks)
+            names = [thread.name for thread in threading.enumerate()]
+            assert names.count("weightsync-lease") == names.count("weightsync-control") == members
 
 
 def test_a_refit_that_runs_out_of_time_leaves_the_old_version(job: Job) -> None:

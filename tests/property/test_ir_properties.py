@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,3 +176,21 @@ def test_bytes_of_a_stranger_never_do_worse_than_a_typed_error(seed: int) -> Non
     except (ConfigError, LayoutError):
         return
     assert manifest.to_bytes() == bytes(data)  # whatever is accepted is canonical
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(b",", b", ", 1),
+        lambda text: b"{" + text[1:-1].replace(b'"side"', b'"side":"sink","side"', 1) + b"}",
+        lambda text: b'{"side":"source",' + text[1:],
+        lambda text: text + b" ",
+    ],
+    ids=["a space", "a key twice", "another order", "a space behind"],
+)
+def test_a_header_in_another_form_is_refused(change: Callable[[bytes], bytes]) -> None:
+    data = random_scenario(random.Random(1)).manifests()[0].to_bytes()
+    size = int.from_bytes(data[8:12], "little")
+    text = change(data[12 : 12 + size])
+    with pytest.raises(ConfigError, match="canonical"):
+        Manifest.from_bytes(data[:8] + len(text).to_bytes(4, "little") + text + data[12 + size :])

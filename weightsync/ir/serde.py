@@ -28,16 +28,16 @@ _RESERVED = ("rows", "schema")
 
 def chunks(schema: str, header: dict[str, Any], tables: Sequence[Table]) -> Iterable[Any]:
     """Yield the canonical bytes part by part, without copying columns (for hashing)."""
-    text = json.dumps(
-        {**header, "schema": schema, "rows": [len(t) for t in tables]},
-        sort_keys=True,
-        separators=(",", ":"),
-    ).encode("ascii")
+    text = _canonical({**header, "schema": schema, "rows": [len(t) for t in tables]})
     yield _MAGIC + len(text).to_bytes(4, "little") + text
     for table in tables:
         for name, (dtype, _) in table.COLUMNS.items():
             column = np.ascontiguousarray(getattr(table, name), np.dtype(dtype).newbyteorder("<"))
             yield column.reshape(-1).view(np.uint8).data
+
+
+def _canonical(header: dict[str, Any]) -> bytes:
+    return json.dumps(header, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def pack(schema: str, header: dict[str, Any], tables: Sequence[Table]) -> bytes:
@@ -64,11 +64,15 @@ def unpack(
         raise ConfigError(f"not {schema}: header of {size} bytes in {len(view)}")
     try:
         header = json.loads(bytes(view[12 : 12 + size]))
+        # Other spaces, order, or a key twice: it would have another digest than its own bytes.
+        is_canonical = _canonical(header) == view[12 : 12 + size]
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"not {schema}: the header is not JSON ({error})") from None
     if not isinstance(header, dict) or header.get("schema") != schema:
         found = header.get("schema") if isinstance(header, dict) else type(header).__name__
         raise ConfigError(f"expected {schema}, found {found!r}; both sides need the same release")
+    if not is_canonical:
+        raise ConfigError(f"{schema}: the header is not in canonical form; it is damaged")
     rows = header.get("rows")
     if (
         not isinstance(rows, list)

@@ -160,7 +160,9 @@ class Session:
             self._refusal = why
             self._welcomed.set()
         elif not self._closing.is_set():
+            self._closing.set()  # nobody closes a session that is lost: its threads end here
             self._outbox.put(None)
+            self._channel.close()
             self._on_lost(why)
 
     def _beat(self) -> None:
