@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from support import scaled
 
 NATIVE = Path(__file__).parents[2] / "native"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weightsync"
+
+# The pinned build tools of this environment, whatever else the machine has.
+TOOLS = Path(sys.executable).parent
 
 # Optimised where the sanitizer allows it cheaply: what is compiled here is run for seconds only.
 KINDS = {"address,undefined": "-O0 -fno-sanitize-recover=all", "thread": "-O1"}
@@ -68,9 +72,10 @@ def build(kind: str) -> Path:
         "WEIGHTSYNC_BUILD_MODULE": "OFF",
         "WEIGHTSYNC_BUILD_TESTS": "ON",
     }
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={TOOLS / 'ninja'}", "--fresh"]
     definitions = [f"-D{key}={value}" for key, value in options.items()]
-    run("cmake", "-S", NATIVE, "-B", folder, "-G", "Ninja", "--fresh", *definitions)
-    run("ninja", "-C", folder, "weightsync_tests")
+    run(TOOLS / "cmake", "-S", NATIVE, "-B", folder, *generator, *definitions)
+    run(TOOLS / "ninja", "-C", folder, "weightsync_tests")
     for old in CACHE.glob(f"{name}-*"):
         old.unlink()
     shutil.copy2(folder / "weightsync_tests", program)
