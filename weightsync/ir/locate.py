@@ -138,6 +138,9 @@ class Locator:
         rest = offset - pieces.offset[candidate]
         index = np.empty_like(n)
         for dim in range(MAX_DIMS):
+            if (width[:, dim] == _BEYOND).all():  # divisions are what costs here
+                index[:, dim] = 0
+                continue
             digit = rest // width[:, dim]
             rest -= digit * width[:, dim]
             index[:, dim] = digit
@@ -146,6 +149,10 @@ class Locator:
         # Rows step over the elements of a piece: by its stride or a multiple of it.
         many = n > 1
         piece_stride = np.maximum(pieces.stride[candidate], 1)
+        if all_dims(~many | (stride == piece_stride)).all():  # as nearly always
+            good = (~many | (piece_n > 1)) & (index >= 0) & (n <= piece_n - index)
+            lo = pieces.lo[candidate] + piece_step * index
+            return all_dims(good) & (rest == 0), lo, np.where(many, piece_step, 1)
         factor = np.where(many, stride // piece_stride, 1)
         # Division, not a product, tells whether the row ends inside: rows may hold any numbers.
         good = (~many | ((factor >= 1) & (factor * piece_stride == stride) & (piece_n > 1))) & (
