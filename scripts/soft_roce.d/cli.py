@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -72,7 +71,8 @@ def make_parser() -> Parser:
         type=float,
         default=300.0,
         metavar="S",
-        help="end the guest after S seconds, start included (default 300)",
+        help="end the guest after S seconds, its start included, the download of a kernel not "
+        "(default 300)",
     )
     add(
         "--rw",
@@ -104,7 +104,11 @@ def make_parser() -> Parser:
     )
     add("--verbose", action="store_true", help="show the guest's console and times at the end")
     add("--build", action="store_true", help="build the uml kernel if it is not cached, and leave")
-    add("--probe", action="store_true", help="print which kind would run, or why none can")
+    add(
+        "--probe",
+        action="store_true",
+        help="get ready what a run needs, and print its kind, or why it cannot run",
+    )
     return parser
 
 
@@ -159,23 +163,22 @@ def main(arguments: list[str]) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments[:cut])
     try:
-        host.check_machine()
-        if options.build:
-            print(kernels.build_uml())
-            return 0
-        kind = kernels.choose(os.environ.get("WEIGHTSYNC_SOFT_ROCE", ""))
-        if options.probe:
-            print(kind)
-            return 0
-        if not command:
-            parser.error("what to run is missing: write it after --")
         with host.Interrupts() as interrupts:
-            return guest.run(kind, make_order(options, command), interrupts)
+            host.check_machine()
+            host.adopt_orphans()
+            if options.build:
+                print(kernels.build_uml())
+                return 0
+            if not command and not options.probe:
+                parser.error("what to run is missing: write it after --")
+            order = make_order(options, command)
+            kind, kernel = kernels.choose(os.environ.get("WEIGHTSYNC_SOFT_ROCE", ""))
+            if options.probe:
+                print(kind)
+                return 0
+            return guest.run(kind, kernel, order, interrupts)
     except host.SoftRoceError as error:
         host.say(str(error))
         return host.GUEST_FAILED
     except host.Interrupted as interrupted:
         host.die_of(interrupted.signal)
-    except KeyboardInterrupt:  # while a kernel is made
-        sys.stderr.write("\n")
-        host.die_of(2)

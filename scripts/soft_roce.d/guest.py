@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Final
 
 import host
-import kernels
 
 HERE: Final = Path(__file__).resolve().parent
 DRAIN_S: Final = 5.0
@@ -43,34 +42,30 @@ class Order:
     is_verbose: bool
 
 
-def run(kind: str, order: Order, interrupts: host.Interrupts) -> int:
-    """Run the order in a guest of that kind; returns the exit status. Blocks until its timeout at most.
+def run(kind: str, kernel: Path, order: Order, interrupts: host.Interrupts) -> int:
+    """Run the order in a guest of that kind; returns the exit status. Blocks up to its timeout.
+
+    Everything that this process has started is ended: it must have nothing else running.
 
     Raises:
         SoftRoceError: The guest failed before the command had a status.
         Interrupted: A signal came; the guest is gone by then.
     """
-    kernel = kernels.make_qemu() if kind == "qemu" else kernels.cached_uml()
-    assert kernel is not None
-    host.adopt_orphans()
-    try:
-        with host.run_folder() as work:
-            control = write_control(kind, order, work)
-            streams = [Stream(work / "out", 1), Stream(work / "err", 2)]
-            try:
-                if kind == "uml":
-                    words, environ = uml_command(kernel, order, control, streams), uml_environ(order)
-                else:
-                    words, environ = qemu_command(kernel, order, work), None
-                is_over = run_machine(words, environ, streams, work, order.timeout_s)
-            finally:
-                interrupts.ignore()  # the end is short, and has its own limits
-                host.end_descendants()
-                for stream in streams:
-                    stream.close()
-            return conclude(order, work, is_over)
-    finally:
-        host.end_descendants()
+    with host.run_folder() as work:
+        control = write_control(kind, order, work)
+        streams = [Stream(work / "out", 1), Stream(work / "err", 2)]
+        try:
+            if kind == "uml":
+                words, environ = uml_command(kernel, order, control, streams), uml_environ(order)
+            else:
+                words, environ = qemu_command(kernel, order, work), None
+            is_over = run_machine(words, environ, streams, work, order.timeout_s)
+        finally:
+            interrupts.ignore()  # the end is short, and has its own limits
+            host.end_descendants()
+            for stream in streams:
+                stream.close()
+        return conclude(order, work, is_over)
 
 
 # ---- what the guest reads ---------------------------------------------------------------------
@@ -142,7 +137,7 @@ def uml_environ(order: Order) -> dict[str, str]:
 
     The file has no name, so nothing is left of it. Memory is faster than a disk, where it fits.
     """
-    folder = "/dev/shm"  # noqa: S108  # where the memory is
+    folder = "/dev/shm"  # where the memory is
     try:
         is_fit = shutil.disk_usage(folder).free > order.memory_mb * 1_000_000
         is_fit = is_fit and not os.statvfs(folder).f_flag & os.ST_NOEXEC
@@ -151,7 +146,7 @@ def uml_environ(order: Order) -> dict[str, str]:
     return {
         "HOME": "/",
         "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-        "TMPDIR": folder if is_fit else os.environ.get("TMPDIR", "/tmp"),  # noqa: S108
+        "TMPDIR": folder if is_fit else os.environ.get("TMPDIR", "/tmp"),
     }
 
 
@@ -209,7 +204,7 @@ class Stream:
         self._thread.start()
 
     def close(self) -> None:
-        """Copy what is left. The guest must be gone; a reader of ours that sleeps is given up on."""
+        """Copy what is left. The guest must be gone; who does not read our output is given up."""
         os.close(self.inlet)
         if self._thread is not None:
             self._thread.join(DRAIN_S)

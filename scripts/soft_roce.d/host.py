@@ -65,9 +65,14 @@ def say(text: str) -> None:
     print(f"soft_roce: {text}", file=sys.stderr, flush=True)
 
 
+def search_path() -> str:
+    """PATH, and the folders of administrators' tools, which users do not have on it."""
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin"
+
+
 def find_tool(name: str) -> str | None:
-    """The path of a program; administrators' folders are looked at too."""
-    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin")
+    """The path of a program."""
+    return shutil.which(name, path=search_path())
 
 
 def missing_packages(*tools: str) -> list[str]:
@@ -176,41 +181,42 @@ def end_descendants(limit_s: float = 10.0) -> None:
         time.sleep(0.005)
 
 
-def run_tool(*command: str | Path, limit_s: float, log: Path | None = None, **options: str) -> str:
+def run_tool(
+    *command: str | Path, limit_s: float, log: Path | None = None, cwd: Path | None = None
+) -> str:
     """Run a tool to its end; its standard output.
 
     Args:
         command: Program and arguments; the program is looked up as `find_tool` does.
         limit_s: It is killed after this time.
         log: Where all output goes; the result is empty then.
-        options: `cwd`.
+        cwd: Its working directory.
 
     Raises:
         SoftRoceError: Status other than 0, or out of time; with the end of what it said.
     """
-    program = find_tool(str(command[0])) or str(command[0])
-    words = [program, *map(str, command[1:])]
     shown = " ".join(str(part) for part in command[:3])
-    sink = log.open("ab") if log else subprocess.PIPE
-    try:
-        done = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT if log else subprocess.PIPE,
-            timeout=limit_s,
-            check=False,
-            cwd=options.get("cwd"),
-            env={**os.environ, "LC_ALL": "C", "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SoftRoceError(f"{shown} did not end within {limit_s:.0f} s") from error
-    finally:
-        if log:
-            sink.close()
+    with log.open("ab") if log else contextlib.nullcontext(subprocess.PIPE) as sink:
+        try:
+            done = subprocess.run(
+                [find_tool(str(command[0])) or str(command[0]), *map(str, command[1:])],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT if log else subprocess.PIPE,
+                timeout=limit_s,
+                check=False,
+                cwd=cwd,
+                env={**os.environ, "LC_ALL": "C", "PATH": search_path()},
+            )
+        except subprocess.TimeoutExpired as error:
+            end_descendants()  # what the tool started
+            raise SoftRoceError(f"{shown} did not end within {limit_s:.0f} s") from error
+        except Interrupted:
+            end_descendants()
+            raise
     if done.returncode:
-        said = log.read_text(errors="replace") if log else done.stderr.decode(errors="replace")
-        tail = "\n".join(said.splitlines()[-12:])
+        said = log.read_bytes() if log else done.stderr
+        tail = "\n".join(said.decode(errors="replace").splitlines()[-12:])
         raise SoftRoceError(f"{shown} failed with status {done.returncode}:\n{tail}")
     return "" if log else done.stdout.decode(errors="replace")
 

@@ -1,13 +1,14 @@
 """The two kernels, made from Debian packages and cached under `~/.cache/weightsync/soft_roce`.
 
-Nothing is installed: packages are downloaded by apt-get and unpacked. A folder of the cache is named
-after a hash of what it is made by and the version of what it is made from; it is complete as soon
-as it has its name. Newer versions of the packages do not make a cached kernel stale: it serves
-tests. A change of the recipe does.
+Nothing is installed: packages are downloaded by apt-get and unpacked. A folder of the cache is
+named after a hash of what it is made by and the version of what it is made from; it is complete as
+soon as it has its name. Newer versions of the packages do not make a cached kernel stale, since it
+serves tests only. A change of the recipe does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import lzma
 import os
@@ -33,7 +34,14 @@ UML_TOOLS: Final = (
     "apt-get", "dpkg-deb", "gcc", "make", "flex", "bison", "bc", "xz", "tar", "strip",
 )  # fmt: skip
 # What must have survived `make allnoconfig`; without any of these the guest is useless.
-UML_MUST: Final = ("HOSTFS", "INFINIBAND_USER_ACCESS", "NET_SCH_NETEM", "OVERLAY_FS", "RDMA_RXE", "VETH")
+UML_MUST: Final = (
+    "HOSTFS",
+    "INFINIBAND_USER_ACCESS",
+    "NET_SCH_NETEM",
+    "OVERLAY_FS",
+    "RDMA_RXE",
+    "VETH",
+)
 UML_DISK: Final = 4 * 10**9
 APT_S: Final = 900.0
 BUILD_S: Final = 5400.0
@@ -73,8 +81,8 @@ def cached_uml() -> Path | None:
 # ---- which kind -----------------------------------------------------------------------------
 
 
-def choose(wanted: str) -> str:
-    """The kind of guest to run: `uml` or `qemu`.
+def choose(wanted: str) -> tuple[str, Path]:
+    """The kind of guest to run, `uml` or `qemu`, and its kernel, which qemu may download first.
 
     Args:
         wanted: One of them, or empty for uml where its kernel is built, else qemu.
@@ -84,30 +92,27 @@ def choose(wanted: str) -> str:
     """
     if wanted not in ("", "uml", "qemu"):
         raise host.SoftRoceError(f"WEIGHTSYNC_SOFT_ROCE={wanted}: must be uml or qemu")
-    kind = wanted or ("uml" if cached_uml() else "qemu")
     host.need(*host.GUEST_TOOLS)
-    if kind == "uml" and cached_uml() is None:
+    uml = cached_uml()
+    if wanted == "uml" and uml is None:
         raise host.SoftRoceError(
             "the uml kernel is not built: scripts/soft_roce --build makes it, in some minutes"
         )
-    if kind == "qemu":
-        host.need("qemu-system-x86_64")
-        if find_cached("qemu", qemu_recipe()) is None:
-            host.need("apt-get", "dpkg-deb", "depmod", "modprobe")
-    return kind
+    if uml is not None and wanted != "qemu":
+        return "uml", uml
+    host.need("qemu-system-x86_64")
+    return "qemu", make_qemu()
 
 
 # ---- packages -------------------------------------------------------------------------------
 
 
 def candidate(package: str) -> tuple[str, str]:
-    """Version of a package that apt would take, and its `Depends`; fetches lists where there are none."""
+    """Version of a package that apt would take, and its `Depends`; updates lists if need be."""
     for attempt in range(2):
         shown = ""
-        try:
+        with contextlib.suppress(host.SoftRoceError):
             shown = host.run_tool("apt-cache", "show", "--no-all-versions", package, limit_s=60.0)
-        except host.SoftRoceError:
-            pass
         version = re.search(r"^Version: (\S+)$", shown, re.MULTILINE)
         depends = re.search(r"^Depends: (.*)$", shown, re.MULTILINE)
         if version:
@@ -124,15 +129,16 @@ def unpack(package: str, folder: Path) -> None:
     archive = folder / "archive"
     archive.mkdir()
     if os.geteuid() == 0:  # apt-get downloads as the user _apt, who must be able to write there
-        shutil.chown(archive, user="_apt") if has_user("_apt") else None
+        if has_user("_apt"):
+            shutil.chown(archive, user="_apt")
         folder.chmod(0o755)
     try:
-        host.run_tool("apt-get", "-qq", "download", package, limit_s=APT_S, cwd=str(archive))
+        host.run_tool("apt-get", "-qq", "download", package, limit_s=APT_S, cwd=archive)
     except host.SoftRoceError:
         if os.geteuid() != 0:
             raise
         host.run_tool("apt-get", "-qq", "update", limit_s=APT_S)  # the lists may be old
-        host.run_tool("apt-get", "-qq", "download", package, limit_s=APT_S, cwd=str(archive))
+        host.run_tool("apt-get", "-qq", "download", package, limit_s=APT_S, cwd=archive)
     [file] = archive.glob("*.deb")
     host.run_tool("dpkg-deb", "-x", file, folder, limit_s=600.0)
     shutil.rmtree(archive)
@@ -173,7 +179,7 @@ def build_uml() -> Path:
 
 
 def compile_uml(work: Path, log: Path) -> Path:
-    """Unpack the sources and build; a folder with the stripped kernel. The log is kept on failure."""
+    """Unpack the sources and build; a folder with the stripped kernel. Failure keeps the log."""
     host.say("unpacking")
     host.run_tool("tar", "-xf", work / f"usr/src/{UML_SOURCE}.tar.xz", "-C", work, limit_s=1800.0)
     tree, objects, made = work / UML_SOURCE, work / "objects", work / "made"
@@ -181,7 +187,14 @@ def compile_uml(work: Path, log: Path) -> Path:
     made.mkdir()
     log.write_bytes(b"")
     # KCONFIG_ALLCONFIG: what stands in the file is taken, everything else is switched off.
-    make = ("make", "-C", tree, "ARCH=um", f"O={objects}", f"KCONFIG_ALLCONFIG={HERE / 'uml.config'}")
+    make = (
+        "make",
+        "-C",
+        tree,
+        "ARCH=um",
+        f"O={objects}",
+        f"KCONFIG_ALLCONFIG={HERE / 'uml.config'}",
+    )
     host.run_tool(*make, "allnoconfig", limit_s=300.0, log=log)
     config = (objects / ".config").read_text()
     lost = [name for name in UML_MUST if f"CONFIG_{name}=y\n" not in config]
@@ -206,6 +219,9 @@ def make_qemu() -> Path:
     with host.locked(cache / "qemu.lock", APT_S, "the download of the stock kernel"):
         if folder := find_cached("qemu", qemu_recipe()):
             return folder
+        host.need("apt-get", "dpkg-deb", "depmod", "modprobe")
+        for left in cache.glob("unpack-*"):  # we hold the lock: nobody uses them
+            shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix="unpack-", dir=cache))
         try:
             version, depends = candidate(QEMU_META)
@@ -252,7 +268,8 @@ def write_initrd(path: Path, modules: list[tuple[str, bytes]]) -> None:
     busybox = host.find_tool("busybox")
     assert busybox is not None
     files: list[tuple[str, int, bytes]] = [
-        (name, 0o040755, b"") for name in ("bin", "modules", "proc", "sys", "dev", "lower", "upper", "root")
+        (name, 0o040755, b"")
+        for name in ("bin", "modules", "proc", "sys", "dev", "lower", "upper", "root")
     ]
     files.append(("bin/busybox", 0o100755, Path(busybox).read_bytes()))
     files.append(("init", 0o100755, (HERE / "init_qemu.sh").read_bytes()))

@@ -35,7 +35,9 @@ OPS: Final = 8  # offset of ops in ibv_context
 
 
 class Cap(ctypes.Structure):
-    _fields_ = [(name, c_uint32) for name in ("send_wr", "recv_wr", "send_sge", "recv_sge", "inline")]
+    _fields_ = [
+        (name, c_uint32) for name in ("send_wr", "recv_wr", "send_sge", "recv_sge", "inline")
+    ]
 
 
 class QpInit(ctypes.Structure):
@@ -92,7 +94,15 @@ class Completion(ctypes.Structure):
     ]  # fmt: skip
 
 
-SIZES: Final = {QpInit: 64, Address: 32, QpAttr: 144, Segment: 16, Send: 128, Receive: 32, Completion: 48}
+SIZES: Final = {
+    QpInit: 64,
+    Address: 32,
+    QpAttr: 144,
+    Segment: 16,
+    Send: 128,
+    Receive: 32,
+    Completion: 48,
+}
 
 
 def load() -> Any:
@@ -240,7 +250,9 @@ def main() -> None:
     """All pairs, each device with itself too."""
     for structure, size in SIZES.items():
         if ctypes.sizeof(structure) != size:
-            raise TypeError(f"{structure.__name__} has {ctypes.sizeof(structure)} bytes, not {size}")
+            raise TypeError(
+                f"{structure.__name__} has {ctypes.sizeof(structure)} bytes, not {size}"
+            )
     num_bytes = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     num = c_int()
     listed = must(lib.ibv_get_device_list(ctypes.byref(num)), "get_device_list")

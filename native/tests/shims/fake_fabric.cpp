@@ -61,9 +61,13 @@ ssize_t sread(fid_cq* cq, void* buffer, std::size_t count, const void*, int) {
     return read(cq, buffer, count);
 }
 
-ssize_t readerr(fid_cq*, fi_cq_err_entry*, std::uint64_t) { return -EAGAIN; }
+ssize_t readerr(fid_cq*, fi_cq_err_entry*, std::uint64_t) {
+    return -EAGAIN;
+}
 
-int bind(fid*, fid*, std::uint64_t) { return 0; }
+int bind(fid*, fid*, std::uint64_t) {
+    return 0;
+}
 
 int close_endpoint(fid* self) {
     delete reinterpret_cast<fid_ep*>(self);
@@ -101,7 +105,9 @@ int open_domain(fid_fabric*, fi_info*, fid_domain** made, void*) {
     return 0;
 }
 
-int trywait(fid_fabric*, fid**, int) { return 0; }
+int trywait(fid_fabric*, fid**, int) {
+    return 0;
+}
 
 }  // namespace
 

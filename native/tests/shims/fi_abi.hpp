@@ -1,7 +1,7 @@
-// The part of libfabric's binary interface that fi_shuffle touches, so that no libfabric headers are
-// needed to build it. Names and order are those of <rdma/fabric.h> and its neighbours (API 1.0 on;
-// tables only ever grow at their end, and each says its own size). fi_abi_check.cpp compares this
-// with the real headers where they are installed.
+// The part of libfabric's binary interface that fi_shuffle touches, so that no libfabric headers
+// are needed to build it. Names and order are those of <rdma/fabric.h> and its neighbours (API 1.0
+// on; tables only ever grow at their end, and each says its own size). fi_abi_check.cpp compares
+// this with the real headers where they are installed.
 #pragma once
 
 #include <sys/types.h>
@@ -28,9 +28,9 @@ struct fid_ep;
 struct fid_cq;
 struct fid_domain;
 struct fid_fabric;
-struct fi_info;         // never looked into
-struct fi_cq_attr;      // never looked into
-struct fi_fabric_attr;  // never looked into
+struct fi_info;                   // never looked into
+struct fi_cq_attr;                // never looked into
+struct fi_fabric_attr;            // never looked into
 using any_function = void (*)();  // an entry that is passed on as it is
 
 struct fi_ops {

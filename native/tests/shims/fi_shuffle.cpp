@@ -2,17 +2,17 @@
 //
 //   LD_PRELOAD=.../fi_shuffle.so FI_SHUFFLE_WINDOW=16 FI_SHUFFLE_SEED=1 COMMAND
 //
-// No provider that runs without special hardware reorders anything. This wraps `fi_fabric` and, from
-// there, the operation tables of domains, completion queues and endpoints. A posted write is held
-// back, up to FI_SHUFFLE_WINDOW of them per endpoint, and passed on later in random order: when the
-// window is full, and whenever the queue is read that the endpoint's writes complete to. It works
-// for callers that are linked with libfabric and for those that look it up with dlsym().
+// No provider that runs without special hardware reorders anything. This wraps `fi_fabric` and,
+// from there, the operation tables of domains, completion queues and endpoints. A posted write is
+// held back, up to FI_SHUFFLE_WINDOW of them per endpoint, and passed on later in random order:
+// when the window is full, and whenever the queue is read that the endpoint's writes complete to.
+// It works for callers that are linked with libfabric and for those that look it up with dlsym().
 //
-// What it keeps: each write is passed on once, from a thread that posts to the endpoint or reads its
-// queue. Nobody waits for a write that is held: before a caller sleeps (fi_cq_sread, fi_trywait), all
-// are passed on, and while it sleeps new ones are not held. FI_FENCE waits for those before it. A
-// write that the provider refuses late is an error entry of the queue. Closing an endpoint drops
-// what it holds, as closing drops what is in flight.
+// What it keeps: each write is passed on once, from a thread that posts to the endpoint or reads
+// its queue. Nobody waits for a write that is held: before a caller sleeps (fi_cq_sread,
+// fi_trywait), all are passed on, and while it sleeps new ones are not held. FI_FENCE waits for
+// those before it. A write that the provider refuses late is an error entry of the queue. Closing
+// an endpoint drops what it holds, as closing drops what is in flight.
 //
 // What it does not: split one write into segments that arrive out of order; hold writes of several
 // segments, injected ones, messages, reads and atomics (they pass at once, so they overtake);
@@ -52,8 +52,8 @@ std::uint64_t setting(const char* name, std::uint64_t otherwise) {
     return text != nullptr && *text != '\0' ? std::strtoull(text, nullptr, 10) : otherwise;
 }
 
-// Providers such as ofi_rxm open providers below them through the same functions. Those stay as they
-// are: writes are shuffled once, where the application posts them.
+// Providers such as ofi_rxm open providers below them through the same functions. Those stay as
+// they are: writes are shuffled once, where the application posts them.
 thread_local int depth = 0;
 struct Inside {
     Inside() { ++depth; }
@@ -115,8 +115,8 @@ struct Endpoint {
 
     // Holds the write, or passes another one on to make room; -EAGAIN if there is none to be had.
     ssize_t post(const Write& write);
-    // Passes on `num` of those held, at random, until the provider has no room. Returns how many are
-    // left.
+    // Passes on `num` of those held, at random, until the provider has no room. Returns how many
+    // are left.
     std::size_t release(std::size_t num, std::vector<Failed>& failed);
     ssize_t pass(const Write& write);
 
@@ -238,7 +238,8 @@ std::size_t Queue::release(std::size_t divisor) {
     return left;
 }
 
-// ---- what stands in the tables: endpoint ----------------------------------------------------------
+// ---- what stands in the tables: endpoint
+// ----------------------------------------------------------
 
 ssize_t on_write(fid_ep* ep, const void* buf, std::size_t len, void* desc, fi_addr_t to,
                  std::uint64_t addr, std::uint64_t key, void* context) {
@@ -269,7 +270,8 @@ ssize_t on_writemsg(fid_ep* ep, const fi_msg_rma* m, std::uint64_t flags) {
         return endpoint.rma->writemsg(ep, m, flags);
     }
     const bool is_empty = m->iov_count == 0;
-    // FI_MORE promises that another write follows at once: of the order they get here, it is untrue.
+    // FI_MORE promises that another write follows at once: of the order they get here, it is
+    // untrue.
     return endpoint.post({Write::Call::kWriteMsg, is_empty ? nullptr : m->msg_iov[0].iov_base,
                           is_empty ? 0 : m->msg_iov[0].iov_len, m->iov_count,
                           !is_empty && m->desc != nullptr ? m->desc[0] : nullptr, m->data, m->addr,
@@ -323,9 +325,11 @@ Endpoint::Endpoint(fid_ep* endpoint)
     self.table()->close = on_endpoint_close;
 }
 
-// ---- what stands in the tables: completion queue --------------------------------------------------
+// ---- what stands in the tables: completion queue
+// --------------------------------------------------
 
-// A quarter at a time keeps some back for the next reads; an application that goes on reading gets all.
+// A quarter at a time keeps some back for the next reads; an application that goes on reading gets
+// all.
 constexpr std::size_t kReadDivisor = 4;
 
 template <typename Read>
@@ -437,7 +441,8 @@ Queue::Queue(fid_cq* queue) : cq(queue), ops(queue->ops, this), self(queue->fid.
     queues()[&queue->fid] = this;
 }
 
-// ---- what stands in the tables: domain and fabric -------------------------------------------------
+// ---- what stands in the tables: domain and fabric
+// -------------------------------------------------
 
 // These two are few, and stay until the process ends.
 struct Domain {
@@ -509,7 +514,8 @@ Fabric::Fabric(fid_fabric* fabric) : ops(fabric->ops, this) {
     ops.table()->trywait = on_trywait;
 }
 
-// ---- the way in -------------------------------------------------------------------------------------
+// ---- the way in
+// -------------------------------------------------------------------------------------
 
 using Dlsym = void* (*)(void*, const char*) noexcept;
 using FiFabric = int (*)(fi_fabric_attr*, fid_fabric**, void*);

@@ -17,12 +17,12 @@
 
 using namespace fi;
 
-#define CHECK(condition)                                                      \
-    do {                                                                      \
-        if (!(condition)) {                                                   \
+#define CHECK(condition)                                                         \
+    do {                                                                         \
+        if (!(condition)) {                                                      \
             std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            std::exit(1);                                                     \
-        }                                                                     \
+            std::exit(1);                                                        \
+        }                                                                        \
     } while (false)
 
 namespace {
@@ -31,7 +31,9 @@ constexpr std::size_t kWindow = 16;  // FI_SHUFFLE_WINDOW's default
 
 int (*open_fabric)(fi_fabric_attr*, fid_fabric**, void*) = nullptr;
 
-void* context_of(std::uint64_t number) { return reinterpret_cast<void*>(number + 1); }
+void* context_of(std::uint64_t number) {
+    return reinterpret_cast<void*>(number + 1);
+}
 
 // A queue, and an endpoint whose writes complete to it.
 struct Rig {
@@ -64,7 +66,8 @@ struct Rig {
         char byte = 0;
         const iovec segments[2] = {{&byte, 1}, {&byte, 1}};
         const fi_rma_iov there{number, 1, 0};
-        const fi_msg_rma m{segments, nullptr, num_segments, 0, &there, 1, context_of(number), number};
+        const fi_msg_rma m{segments, nullptr, num_segments,       0,
+                           &there,   1,       context_of(number), number};
         return ep->rma->writemsg(ep, &m, flags);
     }
     // Reads until nothing comes, for `num_quiet` reads in a row.
