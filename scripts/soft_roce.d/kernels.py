@@ -14,6 +14,7 @@ import lzma
 import os
 import re
 import shutil
+import struct
 import tempfile
 import time
 from collections.abc import Iterable
@@ -265,17 +266,29 @@ def collect_modules(root: Path, release: str) -> list[tuple[str, bytes]]:
 
 def write_initrd(path: Path, modules: list[tuple[str, bytes]]) -> None:
     """The guest's first file system: busybox, modules, our init."""
-    busybox = host.find_tool("busybox")
-    assert busybox is not None
+    busybox = Path(host.find_tool("busybox") or "busybox").read_bytes()
+    if not is_static(busybox):  # there is no libc to load in this file system
+        raise host.SoftRoceError(
+            f"busybox is not the static one: {host.install_command(['busybox-static'])}"
+        )
     files: list[tuple[str, int, bytes]] = [
         (name, 0o040755, b"")
         for name in ("bin", "modules", "proc", "sys", "dev", "lower", "upper", "root")
     ]
-    files.append(("bin/busybox", 0o100755, Path(busybox).read_bytes()))
+    files.append(("bin/busybox", 0o100755, busybox))
     files.append(("init", 0o100755, (HERE / "init_qemu.sh").read_bytes()))
     files += [(f"modules/{name}", 0o100644, data) for name, data in modules]
     files.append(("order", 0o100644, "".join(f"{name}\n" for name, _ in modules).encode()))
     path.write_bytes(b"".join(cpio(files)))
+
+
+def is_static(program: bytes) -> bool:
+    """True unless the program, a 64-bit ELF file, names a loader."""
+    start, size, num = struct.unpack_from("<32xQ14xHH", program)
+    interpreter = 3
+    return all(
+        struct.unpack_from("<I", program, start + i * size)[0] != interpreter for i in range(num)
+    )
 
 
 def cpio(files: list[tuple[str, int, bytes]]) -> Iterable[bytes]:
