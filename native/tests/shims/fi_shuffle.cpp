@@ -563,6 +563,7 @@ struct AtExit {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // How many writes were held so far, and how many of them were passed on before an older one.
@@ -598,4 +599,5 @@ void* dlsym(void* handle, const char* name) noexcept {
     }
     return found == nullptr ? nullptr : reinterpret_cast<void*>(&fi_fabric);
 }
-}
+}  // extern "C"
+#pragma GCC visibility pop
