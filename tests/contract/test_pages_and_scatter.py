@@ -233,15 +233,16 @@ def test_an_error_waits_until_nothing_is_in_flight() -> None:
         assert operation.error is None
         with pytest.raises(TransferTimeoutError, match=r"still read by 1 operation"):
             lease.release(0.0)
+        # Releasing drove the wire to its deadline of no time at all, so nothing else has moved.
         with pytest.raises(PeerLostError, match="sink0 is gone") as lost:
             operation.wait(1.0)
         assert lost.value.remotes == [0]
         assert operation.done
         lease.release(0.0)
         assert np.array_equal(made[1][1], payload)
-        del made, remotes, operation
         for engine in (source, *sinks):
             engine.close()
+        del made, remotes, operation, lost, links, lease, source, sinks, engine, wire
 
 
 def test_a_timeout_names_the_peers_that_hold_it_up() -> None:
@@ -271,9 +272,9 @@ def test_a_timeout_names_the_peers_that_hold_it_up() -> None:
             operation.wait(1.0)
         assert lost.value.remotes == [0, 2]
         lease.release(0.0)
-        del made, remotes, operation
         for engine in (source, *sinks):
             engine.close()
+        del made, remotes, operation, late, lost, lease, source, sinks, engine, wire
 
 
 def test_scatters_of_many_threads_do_not_mix(link: Link) -> None:

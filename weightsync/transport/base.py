@@ -410,8 +410,8 @@ class PeerGroup(Protocol):
         """Tell all others that this member has come, and go on.
 
         Returns:
-            The round, `done` when all others have come to it too. While it is not, this returns
-            the same round again. It says nothing about writes: no operation is done and no slot
+            The round, `done` when all others have come to it too. Until this member has seen that,
+            by `done` or `wait`, the same round is returned again. It says nothing about writes: no operation is done and no slot
             complete because of it, so wait for those first.
 
         Raises:

@@ -93,14 +93,11 @@ class Progress:
         if turn is None:
             turn = self._turns[key] = asyncio.Lock()
 
-        async def send() -> Operation:
-            async with turn:
+        try:
+            async with asyncio.timeout(timeout_s), turn:
                 while (operation := group.try_send(member, data)) is None:
                     await self._watch(lambda: group.can_send(member))
                 return operation
-
-        try:
-            return await asyncio.wait_for(send(), timeout_s)
         except TransferTimeoutError:
             raise
         except TimeoutError as error:
@@ -113,14 +110,12 @@ class Progress:
         self, group: PeerGroup, timeout_s: float | None, member: int | None = None
     ) -> tuple[int, bytes]:
         """Await a message; returns and raises as `PeerGroup.recv` does. Cancelling loses none."""
-
-        async def recv() -> tuple[int, bytes]:
-            while (message := group.try_recv(member)) is None:
-                await self._watch(lambda: group.can_recv(member))
-            return message
-
         try:
-            return await asyncio.wait_for(recv(), timeout_s)
+            # Not wait_for: its inner task could take a message that a cancelled caller never sees.
+            async with asyncio.timeout(timeout_s):
+                while (message := group.try_recv(member)) is None:
+                    await self._watch(lambda: group.can_recv(member))
+                return message
         except TransferTimeoutError:
             raise
         except TimeoutError:

@@ -74,7 +74,8 @@ class PeerGroup : public std::enable_shared_from_this<PeerGroup>, Counted<Kind::
                  const Deadline& deadline);
     [[nodiscard]] bool is_connected(std::int64_t member) const;
 
-    // Tells all others that this member has come, unless the round that goes on is not over yet.
+    // Tells all others that this member has come; or returns the round before, as long as nobody
+    // here has seen that it is over. So a wait that was given up is taken up again by the next one.
     [[nodiscard]] std::shared_ptr<BarrierRound> start_barrier();
     void barrier(const Deadline& deadline);
 
@@ -166,6 +167,7 @@ class BarrierRound {
 
     [[nodiscard]] std::uint64_t number() const noexcept { return number_; }
     [[nodiscard]] std::size_t num_writes() const noexcept { return told_.size(); }
+    // The three that tell, and by that see, whether it is over.
     [[nodiscard]] bool is_done();
     [[nodiscard]] std::optional<Error> error();
     // Throws the error, or kTimeout naming who has not come; the round goes on then.
@@ -178,6 +180,8 @@ class BarrierRound {
     [[nodiscard]] std::int32_t slot() const noexcept;
     // Looks, and cleans up after a round that is over. Not inside a wait: it takes locks.
     State settle();
+    State see();
+    [[nodiscard]] bool is_over_and_seen();
     [[noreturn]] void throw_timeout(const Deadline& deadline) const;
 
     PeerGroup& group_;
@@ -186,6 +190,7 @@ class BarrierRound {
     std::vector<std::shared_ptr<Operation>> told_;
     std::mutex mutex_;
     State state_ = State::kPending;
+    bool is_seen_ = false;  // to be over
     std::optional<Error> error_;
 };
 

@@ -204,7 +204,7 @@ std::shared_ptr<BarrierRound> PeerGroup::start_barrier() {
         throw Error(Scope::kConfig, std::move(detail), {{"members", std::move(absent)}});
     }
     const std::lock_guard lock(round_mutex_);
-    if (!round_ || round_->settle() == BarrierRound::State::kOver) {
+    if (!round_ || round_->is_over_and_seen()) {
         auto next = std::make_shared<BarrierRound>(*this, round_ ? round_->number() + 1 : 0);
         next->tell_all();
         round_ = std::move(next);
@@ -271,12 +271,24 @@ BarrierRound::State BarrierRound::settle() {
     return state_;
 }
 
+BarrierRound::State BarrierRound::see() {
+    const State state = settle();
+    const std::lock_guard lock(mutex_);
+    is_seen_ = is_seen_ || state != State::kPending;
+    return state;
+}
+
+bool BarrierRound::is_over_and_seen() {
+    const std::lock_guard lock(mutex_);
+    return state_ == State::kOver && is_seen_;
+}
+
 bool BarrierRound::is_done() {
-    return settle() != State::kPending;
+    return see() != State::kPending;
 }
 
 std::optional<Error> BarrierRound::error() {
-    [[maybe_unused]] const State state = settle();
+    [[maybe_unused]] const State state = see();
     const std::lock_guard lock(mutex_);
     return error_;
 }
@@ -296,7 +308,7 @@ void BarrierRound::wait(const Deadline& deadline) {
         const auto has_come = [this] { return group_.target_->has_arrived(slot()); };
         [[maybe_unused]] const bool have_come = group_.target_->wait_for(has_come, deadline);
     }
-    const State state = settle();
+    const State state = see();
     if (state == State::kPending) {
         throw_timeout(deadline);
     }

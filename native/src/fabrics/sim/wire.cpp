@@ -316,6 +316,7 @@ void Wire::land(Event& event, std::span<const std::byte> bytes) {
         count(Tick::kInvisible);
         target.invisible_.push_back({address, {bytes.begin(), bytes.end()}});
     } else if (!bytes.empty()) {
+        surface(target, address, bytes.size());
         std::memcpy(reinterpret_cast<void*>(address), bytes.data(), bytes.size());
     }
     Tally tally;
@@ -324,6 +325,18 @@ void Wire::land(Event& event, std::span<const std::byte> bytes) {
         tally.add(target.board_.mark(static_cast<std::uint32_t>(row.immediate)));
     }
     target.board_.account(tally);
+}
+
+// What landed earlier at the same place and is not visible yet is never seen after what lands now.
+void Wire::surface(SimTarget& target, std::uint64_t address, std::uint64_t nbytes) {
+    std::erase_if(target.invisible_, [&](const SimTarget::Invisible& part) {
+        if (part.address >= address + nbytes || address >= part.address + part.bytes.size()) {
+            return false;
+        }
+        std::memcpy(reinterpret_cast<void*>(part.address), part.bytes.data(), part.bytes.size());
+        count(Tick::kFlushed);
+        return true;
+    });
 }
 
 void Wire::resolve(Transfer& transfer, std::optional<Error> error) noexcept {

@@ -180,6 +180,7 @@ class Wire final : public SimWire, public std::enable_shared_from_this<Wire> {
     bool step_until(Nanoseconds end);
     void deliver(const EventPtr& event);
     void land(Event& event, std::span<const std::byte> bytes);
+    void surface(SimTarget& target, std::uint64_t address, std::uint64_t nbytes);
     void resolve(Transfer& transfer, std::optional<Error> error) noexcept;
     [[nodiscard]] bool is_frozen(const Event& event) const;
     void resend(const Event& event);
