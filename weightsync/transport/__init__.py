@@ -1,14 +1,27 @@
 """One-sided writes over several fabrics, behind one contract (`base`)."""
 
-from weightsync.transport.base import Engine, Lease, Memory, Operation, Remote, Target
+from weightsync.transport.base import (
+    COUNTER,
+    Engine,
+    Lease,
+    Memory,
+    Operation,
+    Pages,
+    PeerGroup,
+    Remote,
+    Target,
+)
 from weightsync.transport.fabrics import FABRICS, open_fabric
 
 __all__ = [
+    "COUNTER",
     "FABRICS",
     "Engine",
     "Lease",
     "Memory",
     "Operation",
+    "Pages",
+    "PeerGroup",
     "Remote",
     "Target",
     "open_fabric",

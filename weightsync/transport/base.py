@@ -5,26 +5,34 @@ writes; each may carry an immediate, `slot << chunk_bits | chunk`, that sets one
 once the bytes are there. A slot is complete when all of its bits are set. No write is ordered with
 respect to another, a write may arrive twice, and it may arrive before anybody waits for it.
 
-Two words that must not be mixed up: an `Operation` is done at the *source* (its memory may change
-again); a slot is complete at the *sink*. All blocking calls release the GIL, take a timeout in
-seconds (None waits for ever) and end on Ctrl-C.
+Three words that must not be mixed up. An `Operation` is *done* at the source: its memory may change
+again. A slot or counter is *complete* at the sink: the writes have arrived. Bytes are *visible* to
+the sink's process after `Target.flush`. None of them follows from another on the other side. All
+blocking calls release the GIL, take a timeout in seconds (None waits for ever) and end on Ctrl-C.
+
+On top of writes: pages (`Remote.write_paged`), writes to several peers as one operation
+(`Engine.scatter`), counters (`Target.expect_count`), barriers and small messages (`PeerGroup`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "COUNTER",
     "NO_IMMEDIATE",
     "WRITE_COLUMNS",
+    "Data",
     "Engine",
     "Lease",
     "Memory",
     "Operation",
+    "Pages",
+    "PeerGroup",
     "Remote",
     "Slots",
     "Target",
@@ -33,7 +41,25 @@ __all__ = [
 NO_IMMEDIATE = -1
 WRITE_COLUMNS = ("src_address", "dst_offset", "nbytes", "immediate")
 
+# In `Engine.export`, in place of a slot's chunks: the slot is a counter; see `Target.expect_count`.
+COUNTER: Final = -(2**31)
+
 Slots: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
+Data: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+
+
+class Pages(NamedTuple):
+    """Where pages of one side lie: page i begins at `offset + indices[i] * stride`.
+
+    Attributes:
+        indices: One number per page, 0 or more; repeated and unordered ones are allowed.
+        stride: Bytes from one number to the next, 0 or more.
+        offset: At a source an address, at a destination bytes of the sink's arena.
+    """
+
+    indices: Slots
+    stride: int
+    offset: int
 
 
 class Memory(Protocol):
@@ -84,7 +110,11 @@ class Lease(Protocol):
 
 
 class Operation(Protocol):
-    """One posted batch of writes."""
+    """One posted batch of writes, or several (`Engine.scatter`), or one barrier of one member.
+
+    Of several batches: done when all are, also when one has failed; the error tells of all that
+    failed and has the facts of the first.
+    """
 
     @property
     def done(self) -> bool:
@@ -134,7 +164,7 @@ class Target(Protocol):
 
     @property
     def num_slots(self) -> int:
-        """Slots, numbered from 0."""
+        """Slots, counters included, numbered from 0."""
         ...
 
     @property
@@ -147,7 +177,7 @@ class Target(Protocol):
 
         Raises:
             TransferTimeoutError: Some are not; `.slots` lists them, `.slot` and `.chunks` name the
-                first and what it lacks.
+                first and what it lacks; a counter says where it stands.
             FencedError: The target was fenced meanwhile.
         """
         ...
@@ -171,15 +201,38 @@ class Target(Protocol):
         ...
 
     def missing(self, slot: int) -> list[int]:
-        """Chunk numbers that have not arrived in a slot."""
+        """Chunk numbers that have not arrived in a slot; a counter has none (ConfigError)."""
         ...
 
     def reset(self, slots: Slots) -> None:
         """Forget what arrived in `slots`, for their next use.
 
         Only when nobody can still write them: their version is decided, and every source that could
-        re-send was waited for or fenced.
+        re-send was waited for or fenced. A counter gives up what it expected and keeps what came
+        on top, so its writers may go on meanwhile.
         """
+        ...
+
+    def expect_count(self, counter: int, count: int) -> None:
+        """Let a counter be complete from `count` arrivals on; then `wait`, `poll` and so on.
+
+        Whatever arrived before this call counts, and no arrival is lost. Every write with an
+        immediate of the counter's slot counts one, whatever its chunk number, and a write that
+        arrives twice counts twice: for those who send everything once. Slots with chunks stay
+        exact under re-sends.
+
+        Args:
+            counter: A slot that was exported as `COUNTER`.
+            count: 1 or more. A second call replaces the first.
+
+        Raises:
+            ConfigError: The slot has chunks.
+            FencedError: The target was fenced.
+        """
+        ...
+
+    def count(self, counter: int) -> int:
+        """Arrivals at a counter since the export, less what `reset` took away."""
         ...
 
     def flush(self) -> None:
@@ -255,6 +308,31 @@ class Remote(Protocol):
         """
         ...
 
+    def write_paged(
+        self,
+        page_bytes: int,
+        source: Pages,
+        destination: Pages,
+        immediates: Slots | int | None = None,
+    ) -> Operation:
+        """Start one write per page; a `post` whose rows are made without a Python loop.
+
+        Args:
+            page_bytes: Length of every page.
+            source: Pages to read; its offset is an address.
+            destination: As many pages of the sink's arena. Where two overlap, either may win.
+            immediates: One for each page (-1: none); or a number, and page i carries that plus i:
+                consecutive chunks of one slot; or None.
+
+        Returns:
+            The operation, done when all pages are.
+
+        Raises:
+            ConfigError: As `post`, `.row` being the page; or lists of different lengths, or
+                consecutive chunks that leave the slot. Nothing was written.
+        """
+        ...
+
     def notify(self, immediates: Slots, nbytes: int = 0) -> None:
         """Announce bytes that this process stored through `address`.
 
@@ -275,6 +353,131 @@ class Remote(Protocol):
 
     def close(self) -> None:
         """Fail what is in flight, unmap the sink's memory, and hang up."""
+        ...
+
+
+class PeerGroup(Protocol):
+    """One member of a group whose members know each other by number. Context manager, thread-safe.
+
+    Hand round the descriptors by other means, then `connect` to every other member. A member that
+    was restarted needs a new group, of all: messages and rounds of the old one are not counted on.
+    """
+
+    @property
+    def index(self) -> int:
+        """Which member this is."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Members, this one included."""
+        ...
+
+    @property
+    def message_bytes(self) -> int:
+        """Longest message."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Messages of one member that can wait at another."""
+        ...
+
+    @property
+    def is_open(self) -> bool:
+        """False once closed."""
+        ...
+
+    @property
+    def descriptor(self) -> bytes:
+        """What `connect` of the others needs; carries a key, so treat it as a secret."""
+        ...
+
+    def connect(self, member: int, descriptor: bytes, timeout_s: float | None = 30.0) -> None:
+        """Connect to another member; for this member itself nothing happens.
+
+        Raises:
+            ConfigError: Not the descriptor of that member of such a group, or connected already.
+            TransferError: As `Engine.connect`; may be tried again.
+        """
+        ...
+
+    def is_connected(self, member: int) -> bool:
+        """Whether this member can talk to that one; True for itself."""
+        ...
+
+    def start_barrier(self) -> Operation:
+        """Tell all others that this member has come, and go on.
+
+        Returns:
+            The round, `done` when all others have come to it too. Until this member has seen that,
+            by `done` or `wait`, the same round is returned again. It says nothing about writes: no operation is done and no slot
+            complete because of it, so wait for those first.
+
+        Raises:
+            ConfigError: A member is not connected; `.members` lists them.
+        """
+        ...
+
+    def barrier(self, timeout_s: float | None) -> None:
+        """Block until every member has come here as often as this one.
+
+        Raises:
+            ConfigError: A member is not connected; `.members` lists them.
+            TransferTimeoutError: The message and `.members` name who has not come. The round goes
+                on: a further call waits for the same one.
+            PeerLostError: A member is gone; `.member` says which. The group is of no more use.
+            FencedError: A member closed its group.
+        """
+        ...
+
+    def send(self, member: int, data: Data, timeout_s: float | None) -> Operation:
+        """Copy a message and start sending it; messages to one member arrive in order, once.
+
+        Blocks while `window` messages wait at the receiver.
+
+        Returns:
+            The operation: done when the message lies in the receiver's mailbox. Whether anybody
+            took it out is not known. `data` may be changed as soon as this returns.
+
+        Raises:
+            ConfigError: Longer than `message_bytes`, or the member is not connected.
+            TransferTimeoutError: The receiver took nothing out; nothing was sent.
+            TransferError: An earlier message failed, so that none can follow; of its class.
+        """
+        ...
+
+    def try_send(self, member: int, data: Data) -> Operation | None:
+        """As `send`, but None where that would block."""
+        ...
+
+    def can_send(self, member: int) -> bool:
+        """Whether `try_send` would send, or raise."""
+        ...
+
+    def recv(self, timeout_s: float | None, member: int | None = None) -> tuple[int, bytes]:
+        """Take the oldest message of one member, or of each in turn.
+
+        Returns:
+            Who sent it, and a copy of what.
+
+        Raises:
+            TransferTimeoutError: None came.
+            ConfigError: The group is closed, or there is no such member.
+            TransferError: What lies in the mailbox is no message; the group is of no more use.
+        """
+        ...
+
+    def try_recv(self, member: int | None = None) -> tuple[int, bytes] | None:
+        """As `recv`, but None where that would block."""
+        ...
+
+    def can_recv(self, member: int | None = None) -> bool:
+        """Whether a message has arrived."""
+        ...
+
+    def close(self) -> None:
+        """Hang up; what others still send fails at their side."""
         ...
 
 
@@ -338,7 +541,7 @@ class Engine(Protocol):
             ranges: (arena offset, memory, offset in it, bytes); disjoint in the arena. `local`: all
                 of them `Memory`: sources write by themselves (push). One `Lease` among them: this
                 engine reads the sources' memory (pull).
-            slots: Chunks of each slot, 1 .. 2**chunk_bits.
+            slots: Chunks of each slot, 1 .. 2**chunk_bits, or `COUNTER`.
             chunk_bits: Low bits of an immediate that number the chunk; the rest is the slot.
             generation: Names this incarnation of the sink in messages and checks.
 
@@ -356,6 +559,53 @@ class Engine(Protocol):
             FencedError: The target of that generation is gone.
             TransferTimeoutError: The sink does not answer.
             AuthError: Another user, or a forged descriptor.
+        """
+        ...
+
+    def scatter(
+        self, remotes: Sequence[Remote], writes: npt.NDArray[np.int64], peers: Slots
+    ) -> Operation:
+        """Start writes to several peers as one operation.
+
+        Args:
+            remotes: Connections of this engine.
+            writes: As of `Remote.post`.
+            peers: For each row, where it goes: a position in `remotes`.
+
+        Returns:
+            The operation: done when the writes to every peer are, failed ones included. Its error
+            names each peer that failed, `.peer` the first, `.remotes` lists their positions.
+
+        Raises:
+            ConfigError: As `Remote.post`, for any row; `.row` is its number in `writes`. Nothing
+                was written to any peer.
+        """
+        ...
+
+    def open_group(
+        self,
+        index: int,
+        size: int,
+        *,
+        generation: int = 0,
+        message_bytes: int = 4096,
+        window: int = 8,
+    ) -> PeerGroup:
+        """Open this process' part of a group of peers.
+
+        All members give the same `size`, `message_bytes` and `window`. Each takes
+        2 * (size - 1) * window * (message_bytes + 16) bytes of memory, rounded up.
+
+        Args:
+            index: Which member this is, 0 .. size - 1.
+            size: Members, 1 .. 4096.
+            generation: Names this incarnation of the group in messages.
+            message_bytes: Longest message, at most 65536.
+            window: Messages that one member can have waiting at another, 1 .. 1024.
+
+        Raises:
+            ConfigError: Numbers out of range.
+            MemoryRegistrationError: Not enough memory.
         """
         ...
 

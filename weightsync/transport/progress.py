@@ -1,13 +1,14 @@
-"""Operations and slots as asyncio futures."""
+"""Operations, slots, barriers and messages as asyncio futures."""
 
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 
 from weightsync.errors import TransferTimeoutError, WeightSyncError
-from weightsync.transport.base import Engine, Operation, Slots, Target
+from weightsync.transport.base import Data, Engine, Operation, PeerGroup, Slots, Target
 
 __all__ = ["Progress"]
 
@@ -33,11 +34,14 @@ class Progress:
         self._engine = engine
         self._loop = asyncio.get_running_loop() if loop is None else loop
         self._pending: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        # Sends of one group to one member keep their order.
+        self._turns: weakref.WeakValueDictionary[tuple[int, int], asyncio.Lock]
+        self._turns = weakref.WeakValueDictionary()
         self._timer: asyncio.TimerHandle | None = None
         self._is_armed = False
 
     def operation(self, operation: Operation) -> asyncio.Future[None]:
-        """Future of an operation; fails with the operation's error."""
+        """Future of an operation or barrier round being done; fails with its error."""
 
         def is_done() -> bool:
             if not operation.done:
@@ -49,7 +53,10 @@ class Progress:
         return self._watch(is_done)
 
     def slots(self, target: Target, slots: Slots) -> asyncio.Future[None]:
-        """Future of the completion of all `slots`; fails when the target is fenced or closed."""
+        """Future of the completion of all `slots`; fails when the target is fenced or closed.
+
+        Complete is arrived, not visible: see `Target.flush`.
+        """
         return self._watch(lambda: target.is_complete(slots))
 
     async def wait_operation(self, operation: Operation, timeout_s: float | None) -> None:
@@ -69,6 +76,50 @@ class Progress:
             raise
         except TimeoutError:
             target.wait(slots, 0.0)
+
+    async def barrier(self, group: PeerGroup, timeout_s: float | None) -> None:
+        """Await all members of a group; raises as `PeerGroup.barrier` does."""
+        await self.wait_operation(group.start_barrier(), timeout_s)
+
+    async def send(
+        self, group: PeerGroup, member: int, data: Data, timeout_s: float | None
+    ) -> Operation:
+        """Await room for a message and send it; returns and raises as `PeerGroup.send` does.
+
+        Calls for one member send in the order in which they were made.
+        """
+        key = (id(group), member)
+        turn = self._turns.get(key)
+        if turn is None:
+            turn = self._turns[key] = asyncio.Lock()
+
+        try:
+            async with asyncio.timeout(timeout_s), turn:
+                while (operation := group.try_send(member, data)) is None:
+                    await self._watch(lambda: group.can_send(member))
+                return operation
+        except TransferTimeoutError:
+            raise
+        except TimeoutError as error:
+            # Not by group.send(): it could overtake calls made before this one.
+            raise TransferTimeoutError(
+                f"no room for a message to member {member} after {timeout_s} s", member=member
+            ) from error
+
+    async def recv(
+        self, group: PeerGroup, timeout_s: float | None, member: int | None = None
+    ) -> tuple[int, bytes]:
+        """Await a message; returns and raises as `PeerGroup.recv` does. Cancelling loses none."""
+        try:
+            # Not wait_for: its inner task could take a message that a cancelled caller never sees.
+            async with asyncio.timeout(timeout_s):
+                while (message := group.try_recv(member)) is None:
+                    await self._watch(lambda: group.can_recv(member))
+                return message
+        except TransferTimeoutError:
+            raise
+        except TimeoutError:
+            return group.recv(0.0, member)
 
     def close(self) -> None:
         """Cancel all futures and stop watching."""

@@ -1,6 +1,9 @@
 // Arrival boards: which chunk of which slot has arrived. One bit per chunk, and nothing else is
 // kept, so a second arrival changes nothing and a writer that is killed between two instructions
 // leaves no half-made count behind: "complete" always means that all bits of a slot are set.
+//
+// A slot may be a counter instead, for users who send everything once: it counts arrivals, and is
+// complete when as many came as are expected. A second arrival of one write counts twice.
 #pragma once
 
 #include <atomic>
@@ -15,18 +18,27 @@
 
 namespace weightsync {
 
+// In place of a number of chunks: the slot is a counter. Two words: what came, what is expected.
+inline constexpr std::int32_t kCounter = INT32_MIN;
+inline constexpr std::uint64_t kCounterWords = 2;
+
 // Chunks of each slot, and where their bits are. Immutable and private to a process: a peer that
 // scribbles over shared memory can neither move nor grow a bit range.
 class SlotTable {
   public:
-    // Throws kConfig unless every slot has 1 .. 2^chunk_bits chunks and the immediates fit 31 bits.
+    // Throws kConfig unless every slot has 1 .. 2^chunk_bits chunks or is a counter, and the
+    // immediates fit 31 bits.
     SlotTable(std::span<const std::int32_t> num_chunks, int chunk_bits);
 
     [[nodiscard]] std::uint32_t num_slots() const noexcept {
         return static_cast<std::uint32_t>(num_chunks_.size());
     }
     [[nodiscard]] int chunk_bits() const noexcept { return chunk_bits_; }
+    // Of a counter: kCounter as it is stored, more than any chunk number.
     [[nodiscard]] std::uint32_t num_chunks(std::uint32_t slot) const { return num_chunks_[slot]; }
+    [[nodiscard]] bool is_counter(std::uint32_t slot) const noexcept {
+        return num_chunks_[slot] == static_cast<std::uint32_t>(kCounter);
+    }
     [[nodiscard]] std::uint64_t first_word(std::uint32_t slot) const { return first_word_[slot]; }
     [[nodiscard]] std::uint64_t num_words() const noexcept { return first_word_.back(); }
     // The bits of word `word` (0 .. words of the slot - 1) when all of its chunks have arrived.
@@ -103,10 +115,23 @@ class Board {
 
     [[nodiscard]] bool is_complete(std::uint32_t slot) const noexcept;
     [[nodiscard]] std::vector<std::int64_t> missing(std::uint32_t slot) const;
-    // Forget the arrivals of a slot; nobody may be writing it.
+    // Forget the arrivals of a slot; nobody may be writing it. Of a counter: take away what was
+    // expected and expect nothing; what came on top stays, and it may be written meanwhile.
     void reset(std::uint32_t slot) noexcept;
 
+    // What a counter must reach to be complete; 0: nothing is expected, and it never is. Wakes
+    // waiters, as it may be complete by that.
+    void expect(std::uint32_t counter, std::uint64_t count) noexcept;
+    [[nodiscard]] std::uint64_t count(std::uint32_t counter) const noexcept {
+        return words_[slots_->first_word(counter)].load(std::memory_order_seq_cst);
+    }
+    [[nodiscard]] std::uint64_t expected(std::uint32_t counter) const noexcept {
+        return words_[slots_->first_word(counter) + 1].load(std::memory_order_seq_cst);
+    }
+
   private:
+    void increment(std::uint32_t counter) noexcept;
+
     std::shared_ptr<const SlotTable> slots_;
     std::shared_ptr<const void> keep_alive_;
     Header* header_;

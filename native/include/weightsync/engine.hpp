@@ -16,10 +16,14 @@
 #include <vector>
 
 #include <weightsync/fabric.hpp>
+#include <weightsync/pages.hpp>
 
 namespace weightsync {
 
 class Engine;
+class PeerGroup;
+class ScatterOperation;
+struct GroupOptions;
 
 // Sink-owned memory that can be a push target; also a source, like any lease.
 class Memory {
@@ -81,6 +85,20 @@ class Target : Counted<Kind::kTarget> {
     [[nodiscard]] std::vector<std::int64_t> poll(const Deadline& deadline);
     [[nodiscard]] std::vector<std::int64_t> missing(std::int32_t slot) const;
     void reset(std::span<const std::int32_t> slots);
+    // Counters: complete from `count` arrivals on, those before this call included.
+    void expect_count(std::int64_t counter, std::int64_t count);
+    [[nodiscard]] std::uint64_t count(std::int64_t counter) const;
+    // For what is built on slots. One slot, without checks and errors: reads atomics only.
+    [[nodiscard]] bool has_arrived(std::int32_t slot) const noexcept {
+        return port_->board().is_complete(static_cast<std::uint32_t>(slot));
+    }
+    // Blocks until ready(), which is looked at whenever a slot fills up; returns ready(). Throws
+    // like wait() when the target is fenced or closed.
+    [[nodiscard]] bool wait_for(const std::function<bool()>& ready, const Deadline& deadline);
+    // Makes all waiters look again.
+    void wake_waiters() noexcept {
+        [[maybe_unused]] const bool was_any = wake(port_->board().header().wake);
+    }
     void flush();
     void fence(bool discard);
     void close() noexcept;
@@ -94,6 +112,7 @@ class Target : Counted<Kind::kTarget> {
     enum State : std::uint8_t { kOpen, kFenced, kClosed };
     void check_open(const char* what) const;
     void check_slot(std::int64_t slot) const;
+    void check_counter(std::int64_t slot) const;
     void let_go() noexcept;
     [[noreturn]] void throw_timeout(std::span<const std::int32_t> slots, double seconds) const;
 
@@ -117,12 +136,20 @@ class Remote : Counted<Kind::kRemote> {
     [[nodiscard]] std::uint64_t mapped_address() const noexcept;
     // Bounds and leases are checked before anything is written.
     [[nodiscard]] std::shared_ptr<Operation> post(std::span<const Write> rows);
+    // One row per page; checked like post.
+    [[nodiscard]] std::shared_ptr<Operation> write_paged(const PagedWrite& pages);
     // `nbytes`: how much was stored, for the counters only.
     void notify(std::span<const std::int32_t> immediates, std::uint64_t nbytes);
     void close() noexcept;
     [[nodiscard]] bool is_open() const noexcept { return is_open_.load(); }
 
   private:
+    friend class Engine;
+    // The halves of post: check and pin, then go.
+    [[nodiscard]] std::vector<LeaseState*> prepare(std::span<const Write> rows) const;
+    [[nodiscard]] std::shared_ptr<Operation> start(std::vector<Write> rows,
+                                                   std::vector<LeaseState*> pins);
+
     EngineContext& context_;
     std::shared_ptr<RemotePort> port_;
     std::atomic<bool> is_open_{true};
@@ -146,6 +173,12 @@ class Engine : public std::enable_shared_from_this<Engine>, Counted<Kind::kEngin
                                                         int chunk_bits, std::uint64_t generation);
     [[nodiscard]] std::shared_ptr<Remote> connect(std::span<const std::byte> descriptor,
                                                   const Deadline& deadline);
+    // Posts row i to remotes[peers[i]]. All rows are checked before any is written.
+    [[nodiscard]] std::shared_ptr<ScatterOperation> scatter(
+        std::span<const std::shared_ptr<Remote>> remotes, std::span<const Write> rows,
+        std::span<const std::int32_t> peers);
+    // This process' part of a group of peers that tell each other small things.
+    [[nodiscard]] std::shared_ptr<PeerGroup> open_group(const GroupOptions& options);
     // Sums over the engine and all targets it ever had, in the order of kCountNames.
     [[nodiscard]] std::vector<std::uint64_t> counters();
 

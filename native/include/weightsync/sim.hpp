@@ -21,6 +21,11 @@ struct SimFaults {
     double late = 0;       // its operation fails first, and then it lands all the same
     double late_s = 1;     // how much later; second landings of duplicates too
     double invisible = 0;  // counted before its bytes are there; flush() brings them
+    // Writes take turns on this many rails; order is kept on each, if at all.
+    int rails = 1;
+    // Lands, but is not acknowledged: sent again on the next rail, up to late_s later. Its
+    // operation is done when the last copy has landed.
+    double resend = 0;
 };
 
 class SimWire : Counted<Kind::kWire> {
@@ -37,8 +42,10 @@ class SimWire : Counted<Kind::kWire> {
 
     // For the writes that an engine posts from now on; empty name: all engines without their own.
     virtual void set_faults(const std::string& engine, const SimFaults& faults) = 0;
-    // A frozen engine's writes are held; they land after thaw(), whatever happened meanwhile.
-    virtual void freeze(const std::string& engine) = 0;
+    // A frozen engine's writes are held; they land after thaw(), whatever happened meanwhile. One
+    // rail of it, or all for kAllRails; thaw() is for all.
+    static constexpr int kAllRails = -1;
+    virtual void freeze(const std::string& engine, int rail) = 0;
     virtual void thaw(const std::string& engine) = 0;
     // A killed engine's writes vanish, and writes to it fail with a peer error.
     virtual void kill(const std::string& engine) = 0;

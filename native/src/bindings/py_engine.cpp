@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -11,16 +12,14 @@
 
 #include <weightsync/engine.hpp>
 #include <weightsync/fabrics.hpp>
+#include <weightsync/group.hpp>
+#include <weightsync/scatter.hpp>
 
 #include "bindings.hpp"
 
 namespace py = pybind11;
 
 namespace weightsync {
-
-namespace {
-
-using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 Deadline to_deadline(std::optional<double> timeout_s) {
     if (!timeout_s) {
@@ -41,8 +40,7 @@ std::uint64_t to_size(std::int64_t value, const char* name) {
     return static_cast<std::uint64_t>(value);
 }
 
-// Whole numbers of any integer array or sequence, checked to fit 32 bits.
-std::vector<std::int32_t> to_int32(const py::object& values, const char* name) {
+std::vector<std::int64_t> to_int64(const py::object& values, const char* name) {
     const auto array = py::array::ensure(values);
     if (!array || array.ndim() != 1 ||
         (array.size() != 0 && array.dtype().kind() != 'i' && array.dtype().kind() != 'u')) {
@@ -50,19 +48,36 @@ std::vector<std::int32_t> to_int32(const py::object& values, const char* name) {
         throw Error(Scope::kConfig, std::string(name) + ": give a sequence of whole numbers");
     }
     const auto wide = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>(array);
-    std::vector<std::int32_t> result;
-    result.reserve(static_cast<std::size_t>(wide.size()));
-    for (py::ssize_t i = 0; i < wide.size(); ++i) {
-        const std::int64_t value = wide.data()[i];
-        if (value < std::numeric_limits<std::int32_t>::min() ||
-            value > std::numeric_limits<std::int32_t>::max()) {
+    return {wide.data(), wide.data() + wide.size()};
+}
+
+std::vector<std::int32_t> to_int32(const py::object& values, const char* name) {
+    const std::vector<std::int64_t> wide = to_int64(values, name);
+    std::vector<std::int32_t> result(wide.size());
+    for (std::size_t i = 0; i < wide.size(); ++i) {
+        if (wide[i] < std::numeric_limits<std::int32_t>::min() ||
+            wide[i] > std::numeric_limits<std::int32_t>::max()) {
             throw Error(Scope::kConfig,
-                        std::string(name) + ": " + std::to_string(value) + " is out of range");
+                        std::string(name) + ": " + std::to_string(wide[i]) + " is out of range");
         }
-        result.push_back(static_cast<std::int32_t>(value));
+        result[i] = static_cast<std::int32_t>(wide[i]);
     }
     return result;
 }
+
+std::span<const Write> to_rows(const py::array& writes) {
+    if (!py::isinstance<py::array_t<std::int64_t, py::array::c_style>>(writes) ||
+        writes.ndim() != 2 || writes.shape(1) != 4) {
+        throw Error(Scope::kConfig,
+                    "writes must be a C-contiguous int64 array of shape (W, 4): source address, "
+                    "destination offset, bytes, immediate or -1");
+    }
+    return {static_cast<const Write*>(writes.data()), static_cast<std::size_t>(writes.shape(0))};
+}
+
+namespace {
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 py::bytes to_bytes(const std::vector<std::byte>& bytes) {
     return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
@@ -115,18 +130,52 @@ std::shared_ptr<Target> export_target(Engine& engine, const py::sequence& ranges
 }
 
 std::shared_ptr<Operation> post(const std::shared_ptr<Remote>& remote, const py::array& writes) {
-    if (!py::isinstance<py::array_t<std::int64_t, py::array::c_style>>(writes) ||
-        writes.ndim() != 2 || writes.shape(1) != 4) {
-        throw Error(Scope::kConfig,
-                    "writes must be a C-contiguous int64 array of shape (W, 4): source address, "
-                    "destination offset, bytes, immediate or -1");
-    }
-    const std::span rows(static_cast<const Write*>(writes.data()),
-                         static_cast<std::size_t>(writes.shape(0)));
+    const std::span<const Write> rows = to_rows(writes);
     std::shared_ptr<Operation> operation;
     {
         const py::gil_scoped_release unlocked;
         operation = remote->post(rows);
+    }
+    return with_parent(remote, std::move(operation));
+}
+
+Pages to_pages(const py::tuple& pages, const char* side, std::vector<std::int64_t>& indices) {
+    constexpr std::size_t kFields = 3;
+    if (pages.size() != kFields) {
+        throw Error(Scope::kConfig, std::string(side) + ": pages are (indices, stride, offset)");
+    }
+    for (const std::size_t field : {1, 2}) {
+        if (PyIndex_Check(py::object(pages[field]).ptr()) == 0) {
+            throw Error(Scope::kConfig,
+                        std::string(side) + ": stride and offset are whole numbers");
+        }
+    }
+    indices = to_int64(pages[0], side);
+    return {indices, pages[1].cast<std::int64_t>(),
+            to_size(pages[2].cast<std::int64_t>(), "offset")};
+}
+
+std::shared_ptr<Operation> write_paged(const std::shared_ptr<Remote>& remote,
+                                       std::int64_t page_bytes, const py::tuple& source,
+                                       const py::tuple& destination, const py::object& immediates) {
+    std::array<std::vector<std::int64_t>, 3> lists;
+    PagedWrite pages;
+    pages.page_bytes = to_size(page_bytes, "page_bytes");
+    pages.source = to_pages(source, "source", lists[0]);
+    pages.destination = to_pages(destination, "destination", lists[1]);
+    if (PyIndex_Check(immediates.ptr()) != 0 && !py::isinstance<py::array>(immediates)) {
+        pages.first_immediate = immediates.cast<std::int64_t>();
+    } else if (!immediates.is_none()) {
+        lists[2] = to_int64(immediates, "immediates");
+        pages.immediates = lists[2];
+        if (lists[2].empty() && !lists[0].empty()) {
+            throw Error(Scope::kConfig, "immediates: give one for each page, the first, or None");
+        }
+    }
+    std::shared_ptr<Operation> operation;
+    {
+        const py::gil_scoped_release unlocked;
+        operation = remote->write_paged(pages);
     }
     return with_parent(remote, std::move(operation));
 }
@@ -148,6 +197,27 @@ void reset_slots(Target& target, const py::object& slots) {
     const std::vector<std::int32_t> numbers = to_int32(slots, "slots");
     const py::gil_scoped_release unlocked;  // a fence on another thread may take its time
     target.reset(numbers);
+}
+
+std::shared_ptr<ScatterOperation> scatter(Engine& engine, const py::sequence& remotes,
+                                          const py::array& writes, const py::object& peers) {
+    std::vector<std::shared_ptr<Remote>> to;
+    for (const py::handle remote : remotes) {
+        to.push_back(remote.cast<std::shared_ptr<Remote>>());
+    }
+    const std::span<const Write> rows = to_rows(writes);
+    const std::vector<std::int32_t> numbers = to_int32(peers, "peers");
+    const py::gil_scoped_release unlocked;
+    return engine.scatter(to, rows, numbers);
+}
+
+std::shared_ptr<PeerGroup> open_group(Engine& engine, std::uint32_t index, std::uint32_t size,
+                                      std::int64_t generation, std::uint32_t message_bytes,
+                                      std::uint32_t window) {
+    const GroupOptions options{index, size, to_size(generation, "generation"), message_bytes,
+                               window};
+    const py::gil_scoped_release unlocked;
+    return engine.open_group(options);
 }
 
 void bind_memory(py::module_& m) {
@@ -214,6 +284,9 @@ void bind_target(py::module_& m) {
             py::arg("timeout_s") = 0.0, Unlocked())
         .def("missing", &Target::missing, py::arg("slot"), Unlocked())
         .def("reset", &reset_slots, py::arg("slots"))
+        .def("expect_count", &Target::expect_count, py::arg("counter"), py::arg("count"),
+             Unlocked())
+        .def("count", &Target::count, py::arg("counter"))
         .def("flush", &Target::flush, Unlocked())
         .def("fence", &Target::fence, py::arg("discard") = false, Unlocked())
         .def("close", &Target::close, Unlocked())
@@ -242,6 +315,8 @@ void bind_remote(py::module_& m) {
                                })
         .def_property_readonly("is_open", &Remote::is_open)
         .def("post", &post, py::arg("writes"))
+        .def("write_paged", &write_paged, py::arg("page_bytes"), py::arg("source"),
+             py::arg("destination"), py::arg("immediates") = py::none())
         .def("notify", &notify, py::arg("immediates"), py::arg("nbytes") = 0)
         .def("counters",
              [](const Remote& remote) {
@@ -297,6 +372,9 @@ void bind_engine(py::module_& m) {
                 return engine.connect(bytes, to_deadline(timeout_s));
             },
             py::arg("descriptor"), py::arg("timeout_s") = 30.0)
+        .def("scatter", &scatter, py::arg("remotes"), py::arg("writes"), py::arg("peers"))
+        .def("open_group", &open_group, py::arg("index"), py::arg("size"), py::kw_only(),
+             py::arg("generation") = 0, py::arg("message_bytes") = 4096, py::arg("window") = 8)
         .def("counters", [](Engine& engine) { return to_dict(engine.counters()); })
         .def("arm", &Engine::arm, py::arg("on"))
         .def("drain_progress", &Engine::drain_progress)

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -29,15 +30,25 @@ void bind_sim(py::module_& m) {
         .def(
             "set_faults",
             [](SimWire& wire, const std::string& engine, bool reorder, double delay_s,
-               double duplicate, double drop, double late, double late_s, double invisible) {
-                wire.set_faults(engine,
-                                {reorder, delay_s, duplicate, drop, late, late_s, invisible});
+               double duplicate, double drop, double late, double late_s, double invisible,
+               int rails, double resend) {
+                wire.set_faults(engine, {reorder, delay_s, duplicate, drop, late, late_s, invisible,
+                                         rails, resend});
             },
             py::arg("engine") = "", py::kw_only(), py::arg("reorder") = none.reorder,
             py::arg("delay_s") = none.delay_s, py::arg("duplicate") = none.duplicate,
             py::arg("drop") = none.drop, py::arg("late") = none.late,
-            py::arg("late_s") = none.late_s, py::arg("invisible") = none.invisible)
-        .def("freeze", &SimWire::freeze, py::arg("engine"), Unlocked())
+            py::arg("late_s") = none.late_s, py::arg("invisible") = none.invisible,
+            py::arg("rails") = none.rails, py::arg("resend") = none.resend)
+        .def(
+            "freeze",
+            [](SimWire& wire, const std::string& engine, std::optional<int> rail) {
+                if (rail && *rail < 0) {
+                    throw Error(Scope::kConfig, "rails are numbered from 0");
+                }
+                wire.freeze(engine, rail.value_or(SimWire::kAllRails));
+            },
+            py::arg("engine"), py::arg("rail") = py::none(), Unlocked())
         .def("thaw", &SimWire::thaw, py::arg("engine"), Unlocked())
         .def("kill", &SimWire::kill, py::arg("engine"), Unlocked())
         .def("step", &SimWire::step, Unlocked())

@@ -3,6 +3,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdlib>
 #include <new>
@@ -36,6 +37,12 @@ SlotTable::SlotTable(std::span<const std::int32_t> num_chunks, int chunk_bits)
     std::uint64_t word = 0;
     for (std::size_t slot = 0; slot < num_chunks.size(); ++slot) {
         const std::int32_t chunks = num_chunks[slot];
+        if (chunks == kCounter) {
+            num_chunks_.push_back(static_cast<std::uint32_t>(chunks));
+            first_word_.push_back(word);
+            word += kCounterWords;
+            continue;
+        }
         if (chunks < 1 || static_cast<std::uint64_t>(chunks) > limit) {
             throw Error(Scope::kConfig,
                         "slot " + std::to_string(slot) + " has " + std::to_string(chunks) +
@@ -83,6 +90,10 @@ Mark Board::mark(std::uint32_t immediate) noexcept {
     if (slot >= slots_->num_slots() || chunk >= slots_->num_chunks(slot)) {
         return Mark::kUnknown;
     }
+    if (slots_->is_counter(slot)) {
+        increment(slot);
+        return Mark::kNew;
+    }
     const std::uint64_t word = chunk / 64;
     const std::uint64_t bit = std::uint64_t{1} << (chunk % 64);
     // Release: the chunk's bytes are before its bit. Sequentially consistent, because the waiters'
@@ -96,6 +107,22 @@ Mark Board::mark(std::uint32_t immediate) noexcept {
         signal();
     }
     return Mark::kNew;
+}
+
+void Board::increment(std::uint32_t counter) noexcept {
+    std::atomic<std::uint64_t>* words = words_ + slots_->first_word(counter);
+    // As in mark(): the bytes are before the count, and the count before the look at what is
+    // expected. Whoever raises the count to the expected number wakes; expect() does when it comes
+    // after.
+    const std::uint64_t count = words[0].fetch_add(1, std::memory_order_seq_cst) + 1;
+    if (count == words[1].load(std::memory_order_seq_cst)) {
+        signal();
+    }
+}
+
+void Board::expect(std::uint32_t counter, std::uint64_t count) noexcept {
+    words_[slots_->first_word(counter) + 1].store(count, std::memory_order_seq_cst);
+    signal();
 }
 
 void Board::account(const Tally& tally) noexcept {
@@ -122,6 +149,10 @@ void Board::signal() noexcept {
 }
 
 bool Board::is_complete(std::uint32_t slot) const noexcept {
+    if (slots_->is_counter(slot)) {
+        const std::uint64_t wanted = expected(slot);
+        return wanted != 0 && count(slot) >= wanted;
+    }
     const std::uint64_t first = slots_->first_word(slot);
     const std::uint64_t count = slots_->first_word(slot + 1) - first;
     for (std::uint64_t word = 0; word < count; ++word) {
@@ -136,6 +167,9 @@ bool Board::is_complete(std::uint32_t slot) const noexcept {
 
 std::vector<std::int64_t> Board::missing(std::uint32_t slot) const {
     std::vector<std::int64_t> chunks;
+    if (slots_->is_counter(slot)) {
+        return chunks;  // what came has no numbers
+    }
     const std::uint64_t first = slots_->first_word(slot);
     const std::uint64_t count = slots_->first_word(slot + 1) - first;
     for (std::uint64_t word = 0; word < count; ++word) {
@@ -151,6 +185,15 @@ std::vector<std::int64_t> Board::missing(std::uint32_t slot) const {
 }
 
 void Board::reset(std::uint32_t slot) noexcept {
+    if (slots_->is_counter(slot)) {
+        std::atomic<std::uint64_t>* words = words_ + slots_->first_word(slot);
+        const std::uint64_t wanted = words[1].exchange(0, std::memory_order_seq_cst);
+        std::uint64_t came = words[0].load(std::memory_order_seq_cst);
+        while (!words[0].compare_exchange_weak(came, came - std::min(came, wanted),
+                                               std::memory_order_seq_cst)) {
+        }
+        return;
+    }
     for (std::uint64_t i = slots_->first_word(slot); i < slots_->first_word(slot + 1); ++i) {
         words_[i].store(0, std::memory_order_seq_cst);
     }

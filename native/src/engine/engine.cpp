@@ -43,7 +43,7 @@ std::uint64_t Remote::mapped_address() const noexcept {
     return is_open_.load() ? port_->mapped_address() : 0;
 }
 
-std::shared_ptr<Operation> Remote::post(std::span<const Write> rows) {
+std::vector<LeaseState*> Remote::prepare(std::span<const Write> rows) const {
     const RemoteInfo& remote = info();
     if (context_.is_in_child()) {
         throw_in_child();
@@ -52,16 +52,30 @@ std::shared_ptr<Operation> Remote::post(std::span<const Write> rows) {
         throw Error(Scope::kConfig, "the remote to " + remote.peer + " is closed",
                     {{"peer", remote.peer}});
     }
-    // The copy is checked, not the caller's table: another thread may still write that one.
-    std::vector<Write> own(rows.begin(), rows.end());
-    remote.ranges.check(own, remote.peer);
-    std::vector<LeaseState*> pins = context_.leases.pin(own);
+    remote.ranges.check(rows, remote.peer);
+    return context_.leases.pin(rows);
+}
+
+std::shared_ptr<Operation> Remote::start(std::vector<Write> rows, std::vector<LeaseState*> pins) {
     auto operation =
-        std::make_shared<Operation>(context_, port_->info(), std::move(own), std::move(pins));
+        std::make_shared<Operation>(context_, port_->info(), std::move(rows), std::move(pins));
     context_.counters.add(Count::kOperations);
     port_->info()->counters.add(Count::kOperations);
     port_->post(operation);
     return operation;
+}
+
+std::shared_ptr<Operation> Remote::post(std::span<const Write> rows) {
+    // The copy is checked, not the caller's table: another thread may still write that one.
+    std::vector<Write> own(rows.begin(), rows.end());
+    std::vector<LeaseState*> pins = prepare(own);
+    return start(std::move(own), std::move(pins));
+}
+
+std::shared_ptr<Operation> Remote::write_paged(const PagedWrite& pages) {
+    std::vector<Write> rows = expand_pages(pages, info().chunk_bits);
+    std::vector<LeaseState*> pins = prepare(rows);
+    return start(std::move(rows), std::move(pins));
 }
 
 void Remote::notify(std::span<const std::int32_t> immediates, std::uint64_t nbytes) {

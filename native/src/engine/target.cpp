@@ -8,7 +8,7 @@ namespace weightsync {
 
 namespace {
 
-std::uint64_t& count(std::array<std::uint64_t, kCountNames.size()>& counts, Count which) {
+std::uint64_t& entry(std::array<std::uint64_t, kCountNames.size()>& counts, Count which) {
     return counts[static_cast<std::size_t>(which)];
 }
 
@@ -56,6 +56,16 @@ void Target::check_slot(std::int64_t slot) const {
     }
 }
 
+void Target::check_counter(std::int64_t slot) const {
+    check_slot(slot);
+    if (!slots_->is_counter(static_cast<std::uint32_t>(slot))) {
+        throw Error(
+            Scope::kConfig,
+            "slot " + std::to_string(slot) + " has chunks; only a slot exported as COUNTER counts",
+            {{"slot", slot}});
+    }
+}
+
 std::vector<std::byte> Target::descriptor() const {
     check_open("descriptor");
     ByteWriter writer;
@@ -87,7 +97,7 @@ void Target::throw_timeout(std::span<const std::int32_t> slots, double seconds) 
     constexpr std::size_t kMaxNamed = 4;
     std::vector<std::int64_t> incomplete;
     for (const std::int32_t slot : slots) {
-        if (!port_->board().missing(static_cast<std::uint32_t>(slot)).empty()) {
+        if (!has_arrived(slot)) {
             incomplete.push_back(slot);
         }
     }
@@ -96,6 +106,15 @@ void Target::throw_timeout(std::span<const std::int32_t> slots, double seconds) 
     Facts facts{{"generation", static_cast<std::int64_t>(generation_)}};
     for (std::size_t i = 0; i < std::min(incomplete.size(), kMaxNamed); ++i) {
         const auto slot = static_cast<std::uint32_t>(incomplete[i]);
+        if (slots_->is_counter(slot)) {
+            detail += (i == 0 ? " counter " : "; counter ") + std::to_string(slot) + " stands at " +
+                      std::to_string(port_->board().count(slot)) + " of " +
+                      std::to_string(port_->board().expected(slot));
+            if (i == 0) {
+                facts.emplace_back("slot", std::int64_t{slot});
+            }
+            continue;
+        }
         const std::vector<std::int64_t> chunks = port_->board().missing(slot);
         detail += (i == 0 ? " slot " : "; slot ") + std::to_string(slot) + " lacks chunks " +
                   ranges_text(chunks) + " (" + std::to_string(chunks.size()) + " of " +
@@ -155,6 +174,11 @@ std::vector<std::int64_t> Target::poll(const Deadline& deadline) {
 std::vector<std::int64_t> Target::missing(std::int32_t slot) const {
     check_slot(slot);
     check_open("missing");
+    if (slots_->is_counter(static_cast<std::uint32_t>(slot))) {
+        throw Error(Scope::kConfig,
+                    "slot " + std::to_string(slot) + " is a counter and knows no chunks; see count",
+                    {{"slot", std::int64_t{slot}}});
+    }
     return port_->board().missing(static_cast<std::uint32_t>(slot));
 }
 
@@ -168,6 +192,34 @@ void Target::reset(std::span<const std::int32_t> slots) {
         port_->board().reset(static_cast<std::uint32_t>(slot));
         is_reported_[static_cast<std::size_t>(slot)].store(false);
     }
+}
+
+void Target::expect_count(std::int64_t counter, std::int64_t count) {
+    check_counter(counter);
+    if (count < 1) {
+        throw Error(Scope::kConfig,
+                    "cannot expect " + std::to_string(count) + " arrivals; give 1 or more",
+                    {{"slot", counter}});
+    }
+    const std::lock_guard lock(mutex_);
+    check_open("expect_count");
+    is_reported_[static_cast<std::size_t>(counter)].store(false);
+    port_->board().expect(static_cast<std::uint32_t>(counter), static_cast<std::uint64_t>(count));
+}
+
+std::uint64_t Target::count(std::int64_t counter) const {
+    check_counter(counter);
+    check_open("count");
+    return port_->board().count(static_cast<std::uint32_t>(counter));
+}
+
+bool Target::wait_for(const std::function<bool()>& ready, const Deadline& deadline) {
+    check_open("wait");
+    const auto is_over = [&] { return ready() || state_.load() != kOpen; };
+    [[maybe_unused]] const bool is_ready =
+        context_.fabric->wait(port_->board().header().wake, is_over, deadline);
+    check_open("wait");
+    return ready();
 }
 
 void Target::flush() {
@@ -233,11 +285,11 @@ std::array<std::uint64_t, kCountNames.size()> Target::counters() const noexcept 
     }
     std::array<std::uint64_t, kCountNames.size()> counts{};
     const Board::Header& header = port_->board().header();
-    count(counts, Count::kArrivals) = header.arrivals.load();
-    count(counts, Count::kBytesArrived) = header.bytes.load();
-    count(counts, Count::kDuplicates) = header.duplicates.load();
-    count(counts, Count::kProtocolErrors) = header.protocol_errors.load();
-    count(counts, Count::kWakeups) = header.wakeups.load();
+    entry(counts, Count::kArrivals) = header.arrivals.load();
+    entry(counts, Count::kBytesArrived) = header.bytes.load();
+    entry(counts, Count::kDuplicates) = header.duplicates.load();
+    entry(counts, Count::kProtocolErrors) = header.protocol_errors.load();
+    entry(counts, Count::kWakeups) = header.wakeups.load();
     return counts;
 }
 

@@ -13,6 +13,7 @@ constexpr Nanoseconds kLatency_ns = 2000;
 constexpr std::uint64_t kBytesPerNs = 50;
 // How far writes may overtake each other when they are only reordered.
 constexpr Nanoseconds kReorderWindow_ns = 100'000;
+constexpr int kMaxRails = 64;
 
 Nanoseconds to_ns(double seconds) noexcept {
     constexpr double kMax_s = 1e9;
@@ -32,13 +33,17 @@ Facts facts_of(const Operation& operation, const Write& row) {
 }  // namespace
 
 void Wire::set_faults(const std::string& engine, const SimFaults& faults) {
-    for (const double chance : {faults.duplicate, faults.drop, faults.late, faults.invisible}) {
+    for (const double chance :
+         {faults.duplicate, faults.drop, faults.late, faults.invisible, faults.resend}) {
         if (!(chance >= 0 && chance <= 1)) {
             throw Error(Scope::kConfig, "chances of faults are 0 .. 1");
         }
     }
     if (!(faults.delay_s >= 0 && faults.late_s >= 0)) {
         throw Error(Scope::kConfig, "delays of faults are not negative");
+    }
+    if (faults.rails < 1 || faults.rails > kMaxRails) {
+        throw Error(Scope::kConfig, "rails are 1 .. " + std::to_string(kMaxRails));
     }
     const std::lock_guard lock(mutex_);
     faults_[engine] = faults;
@@ -54,14 +59,19 @@ const SimFaults& Wire::faults_of(const std::string& engine) const {
     return kNone;
 }
 
-void Wire::freeze(const std::string& engine) {
+void Wire::freeze(const std::string& engine, int rail) {
     const std::lock_guard lock(mutex_);
-    frozen_.insert(engine);
+    frozen_.emplace(engine, rail);
+}
+
+bool Wire::is_frozen(const Event& event) const {
+    const std::string& engine = event.transfer->engine;
+    return frozen_.contains({engine, kAllRails}) || frozen_.contains({engine, event.rail});
 }
 
 void Wire::thaw(const std::string& engine) {
     const std::lock_guard lock(mutex_);
-    frozen_.erase(engine);
+    std::erase_if(frozen_, [&](const auto& frozen) { return frozen.first == engine; });
     const auto held = held_.extract(engine);
     if (!held.empty()) {
         for (const EventPtr& event : held.mapped()) {
@@ -107,7 +117,7 @@ void Wire::detach(const std::string& engine) noexcept {
     const std::lock_guard lock(mutex_);
     engines_.erase(engine);
     held_.erase(engine);
-    frozen_.erase(engine);
+    std::erase_if(frozen_, [&](const auto& frozen) { return frozen.first == engine; });
     killed_.erase(engine);
 }
 
@@ -124,7 +134,8 @@ void Wire::post(const std::shared_ptr<Transfer>& transfer) {
         event->transfer = transfer;
         event->row = i;
         event->time = now_ + kLatency_ns + rows[i].nbytes / kBytesPerNs;
-        Nanoseconds& last = last_time_[transfer->engine];
+        event->rail = static_cast<int>(event->order % static_cast<std::uint64_t>(faults.rails));
+        Nanoseconds& last = last_time_[{transfer->engine, event->rail}];
         if (faults.delay_s > 0) {
             event->time += to_ns(faults.delay_s * random_.uniform());
             count(Tick::kDelayed);
@@ -140,6 +151,7 @@ void Wire::post(const std::shared_ptr<Transfer>& transfer) {
         } else if (random_.happens(faults.late)) {
             event->fate = Fate::kLate;
         }
+        event->is_resent = random_.happens(faults.resend);
         event->is_duplicated = random_.happens(faults.duplicate);
         event->is_invisible = random_.happens(faults.invisible);
         push(std::move(event));
@@ -212,7 +224,7 @@ void Wire::deliver(const EventPtr& event) {
         count(Tick::kKilled);
         return;  // nobody is left who could be told
     }
-    if (frozen_.contains(transfer.engine)) {
+    if (is_frozen(*event)) {
         count(Tick::kHeld);
         held_[transfer.engine].push_back(event);
         return;
@@ -259,8 +271,23 @@ void Wire::deliver(const EventPtr& event) {
             echo(*event, bytes, false);
         }
         land(*event, bytes);
+        if (event->is_resent) {
+            resend(*event);
+            return;  // the operation goes on until that has landed
+        }
     }
     resolve(transfer, std::move(error));
+}
+
+void Wire::resend(const Event& event) {
+    const SimFaults& faults = faults_of(event.transfer->engine);
+    auto second = std::make_shared<Event>(event);
+    second->is_resent = false;
+    second->rail = (event.rail + 1) % faults.rails;
+    second->order = next_order_++;
+    second->time = now_ + kLatency_ns + to_ns(faults.late_s * random_.uniform());
+    count(Tick::kResent);
+    push(std::move(second));
 }
 
 void Wire::echo(const Event& event, std::span<const std::byte> bytes, bool is_late) {
@@ -289,6 +316,7 @@ void Wire::land(Event& event, std::span<const std::byte> bytes) {
         count(Tick::kInvisible);
         target.invisible_.push_back({address, {bytes.begin(), bytes.end()}});
     } else if (!bytes.empty()) {
+        surface(target, address, bytes.size());
         std::memcpy(reinterpret_cast<void*>(address), bytes.data(), bytes.size());
     }
     Tally tally;
@@ -297,6 +325,18 @@ void Wire::land(Event& event, std::span<const std::byte> bytes) {
         tally.add(target.board_.mark(static_cast<std::uint32_t>(row.immediate)));
     }
     target.board_.account(tally);
+}
+
+// What landed earlier at the same place and is not visible yet is never seen after what lands now.
+void Wire::surface(SimTarget& target, std::uint64_t address, std::uint64_t nbytes) {
+    std::erase_if(target.invisible_, [&](const SimTarget::Invisible& part) {
+        if (part.address >= address + nbytes || address >= part.address + part.bytes.size()) {
+            return false;
+        }
+        std::memcpy(reinterpret_cast<void*>(part.address), part.bytes.data(), part.bytes.size());
+        count(Tick::kFlushed);
+        return true;
+    });
 }
 
 void Wire::resolve(Transfer& transfer, std::optional<Error> error) noexcept {

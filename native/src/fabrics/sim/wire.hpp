@@ -35,10 +35,11 @@ enum class Tick : std::uint8_t {
     kFlushed,
     kFenced,
     kKilled,
+    kResent,
 };
-inline constexpr std::array<const char*, 12> kTickNames = {
-    "delivered",   "reordered", "delayed",   "duplicated", "dropped", "late",
-    "late_landed", "held",      "invisible", "flushed",    "fenced",  "killed",
+inline constexpr std::array<const char*, 13> kTickNames = {
+    "delivered", "reordered", "delayed", "duplicated", "dropped", "late",   "late_landed",
+    "held",      "invisible", "flushed", "fenced",     "killed",  "resent",
 };
 
 class Random {
@@ -112,7 +113,9 @@ struct Event {
     std::uint64_t order = 0;  // breaks ties; the order of posting
     std::shared_ptr<Transfer> transfer;
     std::size_t row = 0;
+    int rail = 0;
     Fate fate = Fate::kLand;
+    bool is_resent = false;  // once more, on the next rail
     bool is_duplicated = false;
     bool is_invisible = false;
     // A second or late landing carries its bytes: the sources may be something else by now.
@@ -135,7 +138,7 @@ class Wire final : public SimWire, public std::enable_shared_from_this<Wire> {
 
     [[nodiscard]] std::unique_ptr<Fabric> attach(EngineContext& context) override;
     void set_faults(const std::string& engine, const SimFaults& faults) override;
-    void freeze(const std::string& engine) override;
+    void freeze(const std::string& engine, int rail) override;
     void thaw(const std::string& engine) override;
     void kill(const std::string& engine) override;
     bool step() override {
@@ -177,7 +180,10 @@ class Wire final : public SimWire, public std::enable_shared_from_this<Wire> {
     bool step_until(Nanoseconds end);
     void deliver(const EventPtr& event);
     void land(Event& event, std::span<const std::byte> bytes);
+    void surface(SimTarget& target, std::uint64_t address, std::uint64_t nbytes);
     void resolve(Transfer& transfer, std::optional<Error> error) noexcept;
+    [[nodiscard]] bool is_frozen(const Event& event) const;
+    void resend(const Event& event);
     void echo(const Event& event, std::span<const std::byte> bytes, bool is_late);
     void push(EventPtr event) { events_.push(std::move(event)); }
 
@@ -191,10 +197,11 @@ class Wire final : public SimWire, public std::enable_shared_from_this<Wire> {
     std::uint64_t next_target_ = 1;
     std::uint64_t newest_delivered_ = 0;
     std::priority_queue<EventPtr, std::vector<EventPtr>, Later> events_;
-    std::map<std::string, Nanoseconds> last_time_;  // of the newest write of each engine
+    // Of the newest write of each engine on each rail.
+    std::map<std::pair<std::string, int>, Nanoseconds> last_time_;
     std::map<std::string, SimFaults> faults_;
     std::set<std::string> engines_;
-    std::set<std::string> frozen_;
+    std::set<std::pair<std::string, int>> frozen_;
     std::set<std::string> killed_;
     std::map<std::string, std::vector<EventPtr>> held_;
     std::unordered_map<std::uint64_t, std::weak_ptr<SimTarget>> targets_;
