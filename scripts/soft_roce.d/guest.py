@@ -125,6 +125,7 @@ def uml_command(kernel: Path, order: Order, control: Path, streams: list[Stream]
         f"init={control / 'init_uml.sh'}",
         f"uml_dir={control.parent / 'uml'}",
         "con=null",
+        "ssl=null",
         "con0=null,fd:2",
         *(f"con{i}=null,fd:{stream.inlet}" for i, stream in enumerate(streams, start=1)),
         "console=tty0",

@@ -60,6 +60,7 @@ done
 set_nics() {
     local i key
     ip link set lo up
+    ip link del dummy0 2>/dev/null # the driver's own
     for key in all default; do
         echo 0 >/proc/sys/net/ipv4/conf/$key/rp_filter
         echo 1 >/proc/sys/net/ipv4/conf/$key/accept_local
@@ -126,7 +127,7 @@ status=$?
     kill $out_pid $err_pid 2>/dev/null
 ) &
 wait $out_pid $err_pid
-[ $kind = uml ] && for tty in $out $err; do stty -F $tty drain; done
+[ $kind = uml ] && for tty in $out $err; do stty -F $tty drain raw -echo -opost; done
 cut -d' ' -f1 /proc/uptime >$control/end
 echo $status >$control/status.new
 mv $control/status.new $control/status

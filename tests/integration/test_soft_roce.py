@@ -19,6 +19,7 @@ from typing import Any, Final
 import psutil
 import pytest
 
+from support import IS_LONG
 from support.soft_roce import SCRIPT, guest_kind, run_in_guest
 from support.tree import ROOT
 
@@ -105,6 +106,16 @@ def test_verbs_writes_and_the_commands_own_status(private: dict[str, str], tmp_p
     assert list(lost.iterdir()) == []
 
 
+def test_the_fall_back_while_no_kernel_is_built() -> None:
+    if guest_kind() == "qemu":
+        pytest.skip("all other tests of this file use it")
+    if not IS_LONG:
+        pytest.skip("the qemu guest is slow; make test-long runs it")
+    slow = {**os.environ, "WEIGHTSYNC_SOFT_ROCE": "qemu"}
+    done = run_in_guest(sys.executable, WRITES, environ=slow, timeout_s=240.0)
+    assert (done.returncode, done.stdout.count(" ok ")) == (0, 4), done.stderr
+
+
 def test_the_time_is_over(private: dict[str, str]) -> None:
     start = time.monotonic()
     done = run_in_guest("sleep", "1000", timeout_s=3.0, environ=private)
@@ -145,7 +156,6 @@ def test_a_killed_runner_takes_its_guest_along(private: dict[str, str], tmp_path
     ("command", "status"),
     [
         (["no-such-command"], 127),
-        (["/etc/passwd"], 126),
         (["sh", "-c", "kill -9 $$"], 137),
     ],
 )
@@ -177,30 +187,25 @@ def test_a_reader_that_leaves_ends_it(private: dict[str, str]) -> None:
     assert done.returncode == 128 + signal.SIGPIPE
 
 
-def test_delay_is_on_the_wire(private: dict[str, str]) -> None:
+def test_delay_and_loss_are_on_the_wire_and_a_nic_goes_down(private: dict[str, str]) -> None:
     only_fast()
-    done = run_in_guest(
-        sys.executable, WRITES, "1000", options=("--delay", "0,40"), environ=private
-    )
+    script = f"""
+        "$1" {WRITES} 20000 || exit 1
+        tc qdisc show dev nic1 | grep -o 'delay.*'
+        ip link set nic1 down
+        cat /sys/class/infiniband/rxe?/ports/1/state"""
+    options = ("--delay", "0,40", "--loss", "0,0.5")
+    done = run_in_guest("sh", "-c", script, "sh", sys.executable, options=options, environ=private)
     assert done.returncode == 0, done.stderr
-    took_ms = {tuple(line.split()[:2]): float(line.split()[3]) for line in done.stdout.splitlines()}
+    *pairs, link, state0, state1 = done.stdout.splitlines()
+    took_ms = {tuple(line.split()[:2]): float(line.split()[3]) for line in pairs}
     # There or back, one of the two NICs adds 40 ms; a device with itself sends nothing.
     assert took_ms["rxe0", "rxe1"] >= 40
     assert took_ms["rxe1", "rxe0"] >= 40
     assert took_ms["rxe0", "rxe0"] < 40
-
-
-def test_loss_and_a_nic_that_goes_down(private: dict[str, str]) -> None:
-    only_fast()
-    script = f"""
-        "$1" {WRITES} 200000 >/dev/null || exit 1
-        tc -s qdisc show dev nic0 | grep -o 'loss [0-9]*%'
-        ip link set nic1 down
-        cat /sys/class/infiniband/rxe1/ports/1/state"""
-    done = run_in_guest(
-        "sh", "-c", script, "sh", sys.executable, options=("--loss", "1"), environ=private
-    )
-    assert (done.returncode, done.stdout) == (0, "loss 1%\n1: DOWN\n"), done.stderr
+    assert (link.split(), state0, state1) == (
+        ["delay", "40ms", "loss", "0.5%"], "4: ACTIVE", "1: DOWN",
+    )  # fmt: skip
 
 
 def test_rails_reach_only_themselves(private: dict[str, str]) -> None:
