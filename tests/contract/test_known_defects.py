@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from weightsync.errors import (
     RailError,
     TransferError,
     TransferTimeoutError,
+    WeightSyncError,
 )
 from weightsync.transport.base import COUNTER, Pages, Target
 from weightsync.transport.fabrics import open_fabric
@@ -102,7 +104,7 @@ def test_b2_no_tail_is_cut_off_whatever_the_size_and_the_shards(link: Link) -> N
             cuts = [size * i // shards for i in range(shards + 1)]
             table = [
                 (at + low, low, high - low, shards << 3 | i)
-                for i, (low, high) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+                for i, (low, high) in enumerate(pairwise(cuts))
             ]
             operation = remote.post(rows(*table))
             operation.wait(WAIT_S)
@@ -299,7 +301,7 @@ def test_b6_no_blocking_call_holds_the_interpreter(case: Case, link: Link) -> No
         begun.wait(WAIT_S)
         try:
             blocking[name]()
-        except BaseException as error:
+        except WeightSyncError as error:
             failed[name] = error
 
     threads = [threading.Thread(target=run, args=(name,)) for name in blocking]

@@ -259,7 +259,7 @@ def test_a_timeout_names_the_peers_that_hold_it_up() -> None:
         row = (address_of(payload), 0, 64, 0)
         operation = source.scatter(remotes, rows(row, row, row), [0, 1, 2])
         with pytest.raises(
-            TransferTimeoutError, match="writes to 1 of 3 peers .*sim sink1"
+            TransferTimeoutError, match=r"writes to 1 of 3 peers .*sim sink1"
         ) as late:
             operation.wait(1.0)
         assert late.value.remotes == [1]
@@ -268,7 +268,7 @@ def test_a_timeout_names_the_peers_that_hold_it_up() -> None:
         operation.wait(1.0)
         wire.set_faults(drop=1.0)
         operation = source.scatter(remotes, rows(row, row), [2, 0])
-        with pytest.raises(RailError, match="2 of 2 peers failed: sim sink0.*sim sink2") as lost:
+        with pytest.raises(RailError, match=r"2 of 2 peers failed: sim sink0.*sim sink2") as lost:
             operation.wait(1.0)
         assert lost.value.remotes == [0, 2]
         lease.release(0.0)

@@ -7,6 +7,7 @@ a bucket; by its bits it stays open until the held chunk is there.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from support import scaled
 from support.fabrics import address_of, no_leaks, random_bytes
@@ -91,6 +92,7 @@ def run(seed: int) -> dict[str, int]:
     return seen
 
 
+@pytest.mark.timeout(600)  # the long tier
 def test_no_bucket_is_complete_early_or_has_an_excess() -> None:
     totals: dict[str, int] = {}
     with no_leaks():

@@ -148,6 +148,52 @@ def test_a_late_write_lands_after_its_error_unless_it_was_fenced() -> None:
         rig.close()
 
 
+def test_a_resent_write_lands_twice_before_its_operation_is_done() -> None:
+    rig = Rig(resend=1.0, rails=2, late_s=1.0)
+    operation = rig.remote.post(rig.table())
+    while not operation.done:
+        changed = rig.wire.counts()["delivered"] == CHUNKS
+        if changed:
+            assert rig.target.is_complete([0])  # long before it is done
+        assert rig.wire.step()
+    counts = rig.wire.counts()
+    assert counts["resent"] == CHUNKS
+    assert counts["delivered"] == 2 * CHUNKS
+    assert rig.target.counters()["duplicates"] == CHUNKS
+    assert rig.target.counters()["arrivals"] == CHUNKS
+    assert rig.wire.num_pending == 0  # F1: nothing lands after it
+    assert np.array_equal(rig.view, rig.payload)
+    rig.close()
+
+
+def test_a_frozen_rail_holds_its_share_only() -> None:
+    rig = Rig(rails=4)
+    operation = rig.remote.post(rig.table())
+    rig.wire.freeze("source", rail=2)
+    rig.wire.run()
+    assert rig.target.missing(0) == list(range(2, CHUNKS, 4))
+    assert rig.wire.counts()["held"] == CHUNKS // 4
+    assert not operation.done
+    rig.wire.thaw("source")
+    operation.wait(1.0)
+    assert np.array_equal(rig.view, rig.payload)
+    with pytest.raises(ConfigError, match="numbered from 0"):
+        rig.wire.freeze("source", rail=-1)
+    rig.close()
+
+
+def test_invisible_bytes_never_cover_newer_ones() -> None:
+    rig = Rig(invisible=1.0)
+    rig.remote.post(rig.table()).wait(1.0)
+    rig.wire.set_faults()
+    rig.payload[:] = 7
+    rig.remote.post(rig.table()).wait(1.0)
+    assert (rig.view == 7).all()
+    rig.target.flush()
+    assert (rig.view == 7).all()
+    rig.close()
+
+
 def test_bytes_may_come_after_their_count() -> None:
     rig = Rig(invisible=1.0)
     rig.remote.post(rig.table()).wait(1.0)
@@ -266,7 +312,13 @@ def test_wires_do_not_mix_and_bad_settings_are_refused() -> None:
         other.source.connect(rig.target.descriptor)
     with pytest.raises(ConfigError, match="already attached"):
         rig.wire.open("source")
-    for bad in ({"drop": 1.5}, {"duplicate": -0.1}, {"late": float("nan")}, {"delay_s": -1.0}):
+    for bad in (
+        {"drop": 1.5},
+        {"duplicate": -0.1},
+        {"late": float("nan")},
+        {"delay_s": -1.0},
+        {"rails": 0},
+    ):
         with pytest.raises(ConfigError):
             rig.wire.set_faults(**bad)
     with pytest.raises(ConfigError, match="needs a wire"):

@@ -6,6 +6,7 @@ The expected bytes are those of plain slices in Python.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_a_scatter_covers_every_peer_exactly(rig: Rig, data: st.DataObject) -> N
     bounds = [0, *cuts, length]
     table, to = [], []
     expected = [np.zeros(ARENA, np.uint8) for _ in range(PEERS)]
-    for chunk, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for chunk, (low, high) in enumerate(pairwise(bounds)):
         for peer in range(peers):
             # A shard that is empty still carries its immediate, once.
             base = peer % (ARENA - length + 1)

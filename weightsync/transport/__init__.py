@@ -7,11 +7,11 @@ from weightsync.transport.base import (
     Memory,
     Operation,
     Pages,
-    PeerGroup,
     Remote,
     Target,
 )
 from weightsync.transport.fabrics import FABRICS, open_fabric
+from weightsync.transport.group import PeerGroup
 
 __all__ = [
     "COUNTER",

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from weightsync.errors import TransferTimeoutError, WeightSyncError
-from weightsync.transport.base import Data, Engine, Operation, PeerGroup, Slots, Target
+from weightsync.transport.base import Data, Engine, Operation, Slots, Target
+from weightsync.transport.group import PeerGroup
 
 __all__ = ["Progress"]
 

@@ -2,7 +2,7 @@
 // on one-sided writes and arrival slots alone, so they work over every fabric.
 //
 // Every member exports one small target of its own and connects to those of the others; who hands
-// round the descriptors is not our business. What makes re-use of slots exact is promise F1 of
+// round the descriptors is not our business. What makes using slots again exact is promise F1 of
 // docs/protocol.md: after a write's local completion no copy of it lands.
 #pragma once
 
