@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine
 
-__all__ = ["FABRICS", "open_fabric"]
+__all__ = ["FABRICS", "open_fabric", "open_for_job"]
 
 # Names of docs/interfaces.md; those that are not built yet are refused by name.
 FABRICS = ("local", "sim", "tcp")
@@ -50,3 +50,21 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
     except TypeError as error:
         raise ConfigError(f"fabric {fabric!r}: {error}") from error
     return opener(**options)
+
+
+def open_for_job(fabric: str, *, threads: int, options: Mapping[str, Any] | None = None) -> Engine:
+    """Open the engine of a source or sink.
+
+    Args:
+        fabric: As of `open_fabric`.
+        threads: Threads that one member may use for copies; fabrics that copy obey.
+        options: Further options of that fabric, such as `addresses`.
+
+    Raises:
+        ConfigError: Unknown fabric or option.
+        NativeUnavailableError: The extension is not built.
+    """
+    found = {**(options or {})}
+    if fabric == "local":
+        found = {"threads": threads, **found}
+    return open_fabric(fabric, **found)
