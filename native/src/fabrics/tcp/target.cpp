@@ -126,8 +126,9 @@ bool TcpTarget::on_stream(std::uint64_t session, const Stream& stream) {
     if (state != SinkStream::State::kOver) {
         return state == SinkStream::State::kMore;
     }
-    stream->rail().reactor.unwatch(stream->watch);
+    // The lock first: the one who let it in may not be done with it.
     const std::lock_guard lock(mutex_);
+    stream->rail().reactor.unwatch(stream->watch);  // from its own handler: waits for nobody
     if (const auto found = sessions_.find(session); found != sessions_.end()) {
         std::erase(found->second.streams, stream);
         forget_if_empty(found);
