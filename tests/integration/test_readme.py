@@ -39,8 +39,12 @@ def test_every_make_target_exists() -> None:
     assert names <= targets
 
 
-def test_every_option_of_the_demo_exists() -> None:
-    shown = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, ["demo", "--help"])
+def test_every_option_exists() -> None:
+    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
+    demo, bench = (
+        runner.invoke(app, [*command, "--help"]).output
+        for command in (["demo"], ["bench", "transfer"])
+    )
     options = set(re.findall(r"--[a-z]+", README))
     assert options >= {"--kill", "--mode", "--model"}
-    assert {option for option in options if option not in shown.output} == set()
+    assert {option for option in options if option not in demo + bench} == set()
