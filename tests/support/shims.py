@@ -38,8 +38,6 @@ def fi_shuffle() -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}")
         compile_cpp(SHIMS / "fi_shuffle.cpp", fresh, "-shared", "-ldl")
-        for old in CACHE.glob("fi_shuffle-*.so"):
-            old.unlink(missing_ok=True)
         fresh.rename(library)
     return library
 
