@@ -121,7 +121,7 @@ def candidate(package: str) -> tuple[str, str]:
         if attempt == 0 and os.geteuid() == 0:
             host.run_tool("apt-get", "-qq", "update", limit_s=APT_S)
     raise host.SoftRoceError(
-        f"apt knows no package {package}: run apt-get update; the package is of Debian 12 and 13"
+        f"apt knows no package {package}: run apt-get update; it is a package of Debian"
     )
 
 

@@ -31,15 +31,13 @@ def compile_cpp(source: Path, target: Path, *options: str) -> None:
 def fi_shuffle() -> Path:
     """The path of the library; takes seconds the first time."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for name in ("fi_abi.hpp", "fi_shuffle.cpp"):
+    for name in ("fi_abi.hpp", "fi_shuffle.hpp", "fi_shuffle.cpp"):
         digest.update((SHIMS / name).read_bytes())
     library = CACHE / f"fi_shuffle-{digest.hexdigest()[:16]}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}")
         compile_cpp(SHIMS / "fi_shuffle.cpp", fresh, "-shared", "-ldl")
-        for old in CACHE.glob("fi_shuffle-*.so"):
-            old.unlink(missing_ok=True)
         fresh.rename(library)
     return library
 
