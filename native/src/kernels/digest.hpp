@@ -47,9 +47,6 @@ struct DigestRow {
 // Both lanes of one box.
 [[nodiscard]] Multiplier digest_row(const DigestRow& row, const DigestKernels& kernels) noexcept;
 
-// Copies of at least this size go around the caches. Measured on Zen 5, see copy.cpp.
-inline constexpr std::int64_t kStreamBytes = std::int64_t{64} << 10;
-
 // Whether digest_copy_row can take a row, one run of bytes, that is to be copied to `copy`.
 [[nodiscard]] bool can_digest_copy(const DigestRow& row, const std::byte* copy,
                                    const DigestKernels& kernels) noexcept;

@@ -83,7 +83,8 @@ void pack_digest(std::span<const std::int64_t> table, std::span<const std::int64
             return load_row(table.data() + i * kPackColumns, keys.data() + i * kPackKeyColumns);
         },
         [&](std::int64_t i, const KeyedRow& row) {
-            const bool is_long_run = row.size_bytes() >= kStreamBytes && row.is_run();
+            const auto nbytes = static_cast<std::uint64_t>(row.size_bytes());
+            const bool is_long_run = nbytes >= kStreamBytes && row.is_run();
             if (is_long_run && can_digest_copy(row.digest_of(row.src), row.dst, kernels)) {
                 groups.add(i, digest_copy_row(row.digest_of(row.src), row.dst, kernels));
                 store_fence();
