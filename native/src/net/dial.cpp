@@ -72,8 +72,8 @@ UniqueFd connect_socket(const Address& to, const std::optional<Address>& local,
         throw os_error(Scope::kMemory, "socket", errno, "check `ulimit -n`");
     }
     // From a loopback address nothing leaves this host: then the system chooses.
-    const bool is_usable = local && local->family() == to.family() &&
-                           (!local->is_loopback() || to.is_loopback());
+    const bool is_usable =
+        local && local->family() == to.family() && (!local->is_loopback() || to.is_loopback());
     if (is_usable) {
         const int on = 1;
         // The port is chosen by connect(), so the local end may be shared by many peers.
