@@ -21,10 +21,11 @@ enum class Kind : std::uint8_t {
     kFd,
     kThread,
     kWire,
+    kVerbs,  // an object of libibverbs
 };
-inline constexpr std::array<std::string_view, 11> kKindNames = {
+inline constexpr std::array<std::string_view, 12> kKindNames = {
     "engine",  "block",   "lease", "target", "remote", "operation",
-    "session", "mapping", "fd",    "thread", "wire",
+    "session", "mapping", "fd",    "thread", "wire",   "verbs",
 };
 
 namespace detail {
