@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <weightsync/copy.hpp>
+#include <weightsync/wait.hpp>
 
 #include "queue_pair.hpp"
 

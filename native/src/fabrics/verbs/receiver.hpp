@@ -20,6 +20,7 @@ class Receiver final : public Link, Counted<Kind::kSession> {
     Receiver(Rail& rail, std::shared_ptr<Board> board, PathName name, std::string label);
     ~Receiver() override;
 
+    [[nodiscard]] Rail& rail() const noexcept { return rail_; }
     // Makes the queue pair, connects it to the source's and posts all receives; `self` is this.
     [[nodiscard]] PathEnd open(const std::shared_ptr<Receiver>& self, const PathEnd& source);
     // The fence: after it returns nothing lands through this path. What had landed before has its

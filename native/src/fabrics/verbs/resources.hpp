@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
+#include <weightsync/error.hpp>
 #include <weightsync/os.hpp>
 
 #include "table.hpp"
