@@ -22,24 +22,20 @@ namespace {
 using namespace weightsync::verbs;
 namespace fs = std::filesystem;
 
-struct Device;
+struct FakeDevice;
 
-struct Event {
-    ibv_async_event event;
-};
-
-struct Context {
+struct FakeContext {
     ibv_context raw{};  // first: the library's pointer is ours
-    Device* device = nullptr;
+    FakeDevice* device = nullptr;
     std::deque<ibv_async_event> events;
 };
 
-struct Channel {
+struct FakeChannel {
     ibv_comp_channel raw{};
     std::deque<ibv_cq*> events;
 };
 
-struct Cq {
+struct FakeCq {
     ibv_cq raw{};
     std::deque<ibv_wc> entries;
     bool is_armed = false;
@@ -50,9 +46,9 @@ struct Pending {
     ibv_sge part;
 };
 
-struct Qp {
+struct FakeQp {
     ibv_qp raw{};
-    Device* device = nullptr;
+    FakeDevice* device = nullptr;
     ibv_qp_state state = IBV_QPS_RESET;
     ibv_qp_cap cap{};
     std::uint32_t peer = 0;
@@ -63,12 +59,12 @@ struct Qp {
     std::map<std::uint64_t, std::uint32_t> frees;  // wr_id of a completion: places it frees
 };
 
-struct Mr {
+struct FakeMr {
     ibv_mr raw{};
     int access = 0;
 };
 
-struct Device {
+struct FakeDevice {
     std::string name;
     bool is_up = true;
     bool is_holding = false;
@@ -78,15 +74,15 @@ struct Device {
     int refusals = 0;
     int refusal = 0;
     int refusal_taken = 0;
-    std::vector<Context*> contexts;
+    std::vector<FakeContext*> contexts;
 };
 
 struct World {
     std::recursive_mutex mutex;
     FakeLimits limits;
-    std::vector<std::unique_ptr<Device>> devices;
-    std::map<std::uint32_t, Qp*> qps;
-    std::map<std::uint32_t, Mr*> mrs;  // by key
+    std::vector<std::unique_ptr<FakeDevice>> devices;
+    std::map<std::uint32_t, FakeQp*> qps;
+    std::map<std::uint32_t, FakeMr*> mrs;  // by key
     std::uint32_t next_number = 17;
     std::string sysfs;
     FakeCounts counts;
@@ -112,7 +108,7 @@ bool take(int fd) {
 }
 
 void complete(ibv_cq* queue, const ibv_wc& completion) {
-    auto* cq = reinterpret_cast<Cq*>(queue);
+    auto* cq = reinterpret_cast<FakeCq*>(queue);
     if (cq->entries.size() >= static_cast<std::size_t>(cq->raw.cqe)) {
         ++world->counts.full_completion_queues;
         return;
@@ -120,13 +116,13 @@ void complete(ibv_cq* queue, const ibv_wc& completion) {
     cq->entries.push_back(completion);
     if (cq->is_armed && cq->raw.channel != nullptr) {
         cq->is_armed = false;
-        auto* channel = reinterpret_cast<Channel*>(cq->raw.channel);
+        auto* channel = reinterpret_cast<FakeChannel*>(cq->raw.channel);
         channel->events.push_back(queue);
         ring(channel->raw.fd);
     }
 }
 
-ibv_wc completion_of(std::uint64_t id, const Qp& qp, ibv_wc_status status) {
+ibv_wc completion_of(std::uint64_t id, const FakeQp& qp, ibv_wc_status status) {
     ibv_wc completion{};
     completion.wr_id = id;
     completion.status = status;
@@ -134,7 +130,7 @@ ibv_wc completion_of(std::uint64_t id, const Qp& qp, ibv_wc_status status) {
     return completion;
 }
 
-void finish_send(Qp& qp, const ibv_send_wr& request, ibv_wc_status status) {
+void finish_send(FakeQp& qp, const ibv_send_wr& request, ibv_wc_status status) {
     ++qp.unsignalled;
     if ((request.send_flags & IBV_SEND_SIGNALED) == 0 && status == IBV_WC_SUCCESS) {
         return;
@@ -146,7 +142,7 @@ void finish_send(Qp& qp, const ibv_send_wr& request, ibv_wc_status status) {
     complete(qp.raw.send_cq, completion);
 }
 
-void to_error(Qp& qp) {
+void to_error(FakeQp& qp) {
     qp.state = IBV_QPS_ERR;
     for (const Pending& pending : qp.held) {
         finish_send(qp, pending.request, IBV_WC_WR_FLUSH_ERR);
@@ -168,14 +164,14 @@ bool holds(std::uint32_t key, std::uint64_t address, std::uint64_t nbytes, int a
 }
 
 // What happens at the peer; the status that the sender gets.
-ibv_wc_status land(Qp& qp, const Pending& pending) {
+ibv_wc_status land(FakeQp& qp, const Pending& pending) {
     const ibv_send_wr& request = pending.request;
     const auto found = world->qps.find(qp.peer);
     if (found == world->qps.end() || !found->second->device->is_up || !qp.device->is_up ||
         found->second->state < IBV_QPS_RTR || found->second->state == IBV_QPS_ERR) {
         return IBV_WC_RETRY_EXC_ERR;
     }
-    Qp& peer = *found->second;
+    FakeQp& peer = *found->second;
     const std::uint64_t nbytes = request.num_sge == 0 ? 0 : pending.part.length;
     const bool is_write = request.opcode != IBV_WR_SEND_WITH_IMM;
     if (nbytes != 0 && !holds(pending.part.lkey, pending.part.addr, nbytes, 0)) {
@@ -209,12 +205,12 @@ ibv_wc_status land(Qp& qp, const Pending& pending) {
     return IBV_WC_SUCCESS;
 }
 
-void execute(Qp& qp, const Pending& pending) {
+void execute(FakeQp& qp, const Pending& pending) {
     if (qp.state == IBV_QPS_ERR) {
         finish_send(qp, pending.request, IBV_WC_WR_FLUSH_ERR);
         return;
     }
-    Device& device = *qp.device;
+    FakeDevice& device = *qp.device;
     ibv_wc_status status = IBV_WC_SUCCESS;
     const bool is_write = pending.request.opcode != IBV_WR_SEND_WITH_IMM;
     if (is_write && device.failure && device.skip-- == 0) {
@@ -234,8 +230,8 @@ void execute(Qp& qp, const Pending& pending) {
 
 int post_send(ibv_qp* raw, ibv_send_wr* request, ibv_send_wr** failed) {
     const Lock lock(world->mutex);
-    auto& qp = *reinterpret_cast<Qp*>(raw);
-    Device& device = *qp.device;
+    auto& qp = *reinterpret_cast<FakeQp*>(raw);
+    FakeDevice& device = *qp.device;
     ++world->counts.doorbells;
     const bool is_refused = device.refusals > 0 && request->opcode != IBV_WR_SEND_WITH_IMM;
     int taken_left = device.refusal_taken;
@@ -275,7 +271,7 @@ int post_send(ibv_qp* raw, ibv_send_wr* request, ibv_send_wr** failed) {
 
 int post_recv(ibv_qp* raw, ibv_recv_wr* request, ibv_recv_wr** failed) {
     const Lock lock(world->mutex);
-    auto& qp = *reinterpret_cast<Qp*>(raw);
+    auto& qp = *reinterpret_cast<FakeQp*>(raw);
     for (; request != nullptr; request = request->next) {
         if (qp.state == IBV_QPS_RESET || qp.receives.size() == qp.cap.max_recv_wr) {
             *failed = request;
@@ -292,7 +288,7 @@ int post_recv(ibv_qp* raw, ibv_recv_wr* request, ibv_recv_wr** failed) {
 
 int poll_cq(ibv_cq* raw, int count, ibv_wc* completions) {
     const Lock lock(world->mutex);
-    auto& cq = *reinterpret_cast<Cq*>(raw);
+    auto& cq = *reinterpret_cast<FakeCq*>(raw);
     int taken = 0;
     for (; taken < count && !cq.entries.empty(); ++taken) {
         completions[taken] = cq.entries.front();
@@ -311,7 +307,7 @@ int poll_cq(ibv_cq* raw, int count, ibv_wc* completions) {
 
 int req_notify_cq(ibv_cq* raw, int /*solicited_only*/) {
     const Lock lock(world->mutex);
-    reinterpret_cast<Cq*>(raw)->is_armed = true;
+    reinterpret_cast<FakeCq*>(raw)->is_armed = true;
     return 0;
 }
 
@@ -327,8 +323,8 @@ ibv_device** get_device_list(int* count) {
 
 ibv_context* open_device(ibv_device* raw) {
     const Lock lock(world->mutex);
-    auto* context = new Context;
-    context->device = reinterpret_cast<Device*>(raw);
+    auto* context = new FakeContext;
+    context->device = reinterpret_cast<FakeDevice*>(raw);
     context->raw.device = raw;
     context->raw.async_fd = ::eventfd(0, EFD_SEMAPHORE);
     context->raw.ops.poll_cq = &poll_cq;
@@ -341,7 +337,7 @@ ibv_context* open_device(ibv_device* raw) {
 
 int close_device(ibv_context* raw) {
     const Lock lock(world->mutex);
-    auto* context = reinterpret_cast<Context*>(raw);
+    auto* context = reinterpret_cast<FakeContext*>(raw);
     std::erase(context->device->contexts, context);
     ::close(context->raw.async_fd);
     delete context;
@@ -350,7 +346,7 @@ int close_device(ibv_context* raw) {
 
 int get_async_event(ibv_context* raw, ibv_async_event* event) {
     const Lock lock(world->mutex);
-    auto* context = reinterpret_cast<Context*>(raw);
+    auto* context = reinterpret_cast<FakeContext*>(raw);
     if (!take(context->raw.async_fd)) {
         return -1;
     }
@@ -371,7 +367,7 @@ int query_port(ibv_context* raw, std::uint8_t /*port*/, ibv_port_attr* attr) {
     const Lock lock(world->mutex);
     *attr = {};
     attr->state =
-        reinterpret_cast<Context*>(raw)->device->is_up ? IBV_PORT_ACTIVE : IBV_PORT_DOWN;
+        reinterpret_cast<FakeContext*>(raw)->device->is_up ? IBV_PORT_ACTIVE : IBV_PORT_DOWN;
     attr->active_mtu = 5;
     attr->gid_tbl_len = 4;
     attr->pkey_tbl_len = 1;
@@ -399,7 +395,7 @@ ibv_mr* reg_mr(ibv_pd* pd, void* address, std::size_t nbytes, int access) {
         errno = world->reg_mr_error;
         return nullptr;
     }
-    auto* mr = new Mr;
+    auto* mr = new FakeMr;
     mr->raw = {pd->context, pd, address, nbytes, 0, world->next_number, world->next_number};
     mr->access = access;
     world->mrs[world->next_number++] = mr;
@@ -409,7 +405,7 @@ ibv_mr* reg_mr(ibv_pd* pd, void* address, std::size_t nbytes, int access) {
 int dereg_mr(ibv_mr* raw) {
     const Lock lock(world->mutex);
     world->mrs.erase(raw->lkey);
-    delete reinterpret_cast<Mr*>(raw);
+    delete reinterpret_cast<FakeMr*>(raw);
     return 0;
 }
 
@@ -420,14 +416,14 @@ ibv_cq* create_cq(ibv_context* context, int entries, void* user, ibv_comp_channe
         return nullptr;
     }
     ++world->counts.completion_queues;
-    auto* cq = new Cq;
+    auto* cq = new FakeCq;
     cq->raw = {context, channel, user, 0, entries};
     return &cq->raw;
 }
 
 int get_cq_event(ibv_comp_channel* raw, ibv_cq** cq, void** user) {
     const Lock lock(world->mutex);
-    auto* channel = reinterpret_cast<Channel*>(raw);
+    auto* channel = reinterpret_cast<FakeChannel*>(raw);
     if (!take(channel->raw.fd)) {
         return -1;
     }
@@ -444,13 +440,13 @@ ibv_qp* create_qp(ibv_pd* pd, ibv_qp_init_attr* init) {
         errno = ENOMEM;
         return nullptr;
     }
-    auto* qp = new Qp;
+    auto* qp = new FakeQp;
     qp->raw.context = pd->context;
     qp->raw.pd = pd;
     qp->raw.send_cq = init->send_cq;
     qp->raw.recv_cq = init->recv_cq;
     qp->raw.qp_num = world->next_number;
-    qp->device = reinterpret_cast<Context*>(pd->context)->device;
+    qp->device = reinterpret_cast<FakeContext*>(pd->context)->device;
     qp->cap = init->cap;
     world->qps[world->next_number++] = qp;
     return &qp->raw;
@@ -458,7 +454,7 @@ ibv_qp* create_qp(ibv_pd* pd, ibv_qp_init_attr* init) {
 
 int modify_qp(ibv_qp* raw, ibv_qp_attr* attr, int mask) {
     const Lock lock(world->mutex);
-    auto& qp = *reinterpret_cast<Qp*>(raw);
+    auto& qp = *reinterpret_cast<FakeQp*>(raw);
     if ((mask & IBV_QP_DEST_QPN) != 0) {
         qp.peer = attr->dest_qp_num;
     }
@@ -479,7 +475,7 @@ int destroy_qp(ibv_qp* raw) {
         --world->destroy_qp_failures;
     }
     world->qps.erase(raw->qp_num);
-    delete reinterpret_cast<Qp*>(raw);
+    delete reinterpret_cast<FakeQp*>(raw);
     return is_failing ? EBUSY : 0;
 }
 
@@ -492,7 +488,7 @@ void fill_table(Table& table) {
     table.get_device_list = &get_device_list;
     table.free_device_list = [](ibv_device** list) { delete[] list; };
     table.get_device_name = [](ibv_device* device) {
-        return reinterpret_cast<Device*>(device)->name.c_str();
+        return reinterpret_cast<FakeDevice*>(device)->name.c_str();
     };
     table.open_device = &open_device;
     table.close_device = &close_device;
@@ -510,18 +506,18 @@ void fill_table(Table& table) {
     table.reg_mr = &reg_mr;
     table.dereg_mr = &dereg_mr;
     table.create_comp_channel = [](ibv_context* context) {
-        auto* channel = new Channel;
+        auto* channel = new FakeChannel;
         channel->raw = {context, ::eventfd(0, EFD_SEMAPHORE), 0};
         return &channel->raw;
     };
     table.destroy_comp_channel = [](ibv_comp_channel* raw) {
         ::close(raw->fd);
-        delete reinterpret_cast<Channel*>(raw);
+        delete reinterpret_cast<FakeChannel*>(raw);
         return 0;
     };
     table.create_cq = &create_cq;
     table.destroy_cq = [](ibv_cq* cq) {
-        delete reinterpret_cast<Cq*>(cq);
+        delete reinterpret_cast<FakeCq*>(cq);
         return 0;
     };
     table.get_cq_event = &get_cq_event;
@@ -542,7 +538,7 @@ FakeVerbs::FakeVerbs(int num_devices, FakeLimits limits) {
     std::string folder = (fs::temp_directory_path() / "weightsync-fake-XXXXXX").string();
     world->sysfs = ::mkdtemp(folder.data());
     for (int i = 0; i < num_devices; ++i) {
-        auto device = std::make_unique<Device>();
+        auto device = std::make_unique<FakeDevice>();
         device->name = "fake" + std::to_string(i);
         const fs::path port =
             fs::path(world->sysfs) / "class" / "infiniband" / device->name / "ports" / "1";
@@ -579,7 +575,7 @@ FakeCounts& FakeVerbs::counts() noexcept {
 
 void FakeVerbs::fail_write(int device, ibv_wc_status status, int skip, bool has_landed) {
     const Lock lock(world->mutex);
-    Device& one = *world->devices.at(static_cast<std::size_t>(device));
+    FakeDevice& one = *world->devices.at(static_cast<std::size_t>(device));
     one.failure = status;
     one.skip = skip;
     one.has_landed = has_landed;
@@ -587,7 +583,7 @@ void FakeVerbs::fail_write(int device, ibv_wc_status status, int skip, bool has_
 
 void FakeVerbs::refuse_posts(int device, int error, int times, int taken) {
     const Lock lock(world->mutex);
-    Device& one = *world->devices.at(static_cast<std::size_t>(device));
+    FakeDevice& one = *world->devices.at(static_cast<std::size_t>(device));
     one.refusal = error;
     one.refusals = times;
     one.refusal_taken = taken;
@@ -595,16 +591,16 @@ void FakeVerbs::refuse_posts(int device, int error, int times, int taken) {
 
 void FakeVerbs::hold_writes(int device, bool on) {
     const Lock lock(world->mutex);
-    Device& one = *world->devices.at(static_cast<std::size_t>(device));
+    FakeDevice& one = *world->devices.at(static_cast<std::size_t>(device));
     one.is_holding = on;
     if (on) {
         return;
     }
-    std::vector<Qp*> qps;
+    std::vector<FakeQp*> qps;
     for (const auto& [number, qp] : world->qps) {
         qps.push_back(qp);
     }
-    for (Qp* qp : qps) {
+    for (FakeQp* qp : qps) {
         while (qp->device == &one && !qp->held.empty()) {
             const Pending pending = qp->held.front();
             qp->held.pop_front();
@@ -615,9 +611,9 @@ void FakeVerbs::hold_writes(int device, bool on) {
 
 void FakeVerbs::set_port(int device, bool is_up) {
     const Lock lock(world->mutex);
-    Device& one = *world->devices.at(static_cast<std::size_t>(device));
+    FakeDevice& one = *world->devices.at(static_cast<std::size_t>(device));
     one.is_up = is_up;
-    for (Context* context : one.contexts) {
+    for (FakeContext* context : one.contexts) {
         ibv_async_event event{};
         event.event_type = is_up ? IBV_EVENT_PORT_ACTIVE : IBV_EVENT_PORT_ERR;
         event.element.port_num = 1;

@@ -12,8 +12,8 @@ from weightsync.transport.base import Engine
 __all__ = ["FABRICS", "open_fabric"]
 
 # Names of docs/interfaces.md; those that are not built yet are refused by name.
-FABRICS = ("local", "sim")
-_PLANNED = ("tcp", "verbs", "cuda_ipc", "ofi")
+FABRICS = ("local", "sim", "verbs")
+_PLANNED = ("tcp", "cuda_ipc", "ofi")
 
 
 def open_fabric(fabric: str, **options: Any) -> Engine:
@@ -21,7 +21,7 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
 
     Args:
         fabric: One of `FABRICS`.
-        options: Of that fabric: see `local.open_local` and `sim.open_sim`.
+        options: Of that fabric: see `local.open_local`, `sim.open_sim` and `verbs.open_verbs`.
 
     Returns:
         An engine; close it, or use it as a context manager.
@@ -37,8 +37,13 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
     # Imported here: naming fabrics and their errors needs no extension.
     from weightsync.transport.local import open_local
     from weightsync.transport.sim import open_sim
+    from weightsync.transport.verbs import open_verbs
 
-    openers: dict[str, Callable[..., Engine]] = {"local": open_local, "sim": open_sim}
+    openers: dict[str, Callable[..., Engine]] = {
+        "local": open_local,
+        "sim": open_sim,
+        "verbs": open_verbs,
+    }
     opener = openers[fabric]
     try:
         inspect.signature(opener).bind(**options)
