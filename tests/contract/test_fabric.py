@@ -20,6 +20,8 @@ WAIT_S = 10.0
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
+    if (problem := found.problem()) is not None:
+        pytest.skip(f"{found.name}: {problem}")
     return found
 
 

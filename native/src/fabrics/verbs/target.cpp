@@ -235,11 +235,18 @@ void VerbsTarget::forget(std::uint64_t id) noexcept {
 }
 
 void VerbsTarget::drop_sessions() noexcept {
+    {
+        // Once: the last owner may be a handler that outlives the listener.
+        const std::lock_guard lock(mutex_);
+        if (is_over_) {
+            return;
+        }
+        is_over_ = true;
+    }
     listener_.stop_serving(descriptor_.target_id);
     std::unordered_map<std::uint64_t, std::shared_ptr<Session>> sessions;
     {
         const std::lock_guard lock(mutex_);
-        is_over_ = true;
         sessions.swap(sessions_);
     }
     for (auto& [id, session] : sessions) {

@@ -143,8 +143,8 @@ class VerbsFabric final : public Fabric {
         } catch (const std::exception& error) {
             report(std::string("verbs fabric: ") + error.what());
         }
-        listener_.reset();
         reactor_.stop();
+        listener_.reset();
         for (const auto& rail : rails_) {
             rail->stop();
         }
