@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine
 
-__all__ = ["FABRICS", "open_fabric"]
+__all__ = ["FABRICS", "open_fabric", "open_for_job"]
 
 # Names of docs/interfaces.md; those that are not built yet are refused by name.
-FABRICS = ("local", "sim", "verbs")
-_PLANNED = ("tcp", "cuda_ipc", "ofi")
+FABRICS = ("local", "sim", "tcp", "verbs")
+_PLANNED = ("cuda_ipc", "ofi")
 
 
 def open_fabric(fabric: str, **options: Any) -> Engine:
@@ -21,7 +21,8 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
 
     Args:
         fabric: One of `FABRICS`.
-        options: Of that fabric: see `local.open_local`, `sim.open_sim` and `verbs.open_verbs`.
+        options: Of that fabric: see `local.open_local`, `sim.open_sim`, `tcp.open_tcp` and
+            `verbs.open_verbs`.
 
     Returns:
         An engine; close it, or use it as a context manager.
@@ -37,11 +38,13 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
     # Imported here: naming fabrics and their errors needs no extension.
     from weightsync.transport.local import open_local
     from weightsync.transport.sim import open_sim
+    from weightsync.transport.tcp import open_tcp
     from weightsync.transport.verbs import open_verbs
 
     openers: dict[str, Callable[..., Engine]] = {
         "local": open_local,
         "sim": open_sim,
+        "tcp": open_tcp,
         "verbs": open_verbs,
     }
     opener = openers[fabric]
@@ -50,3 +53,21 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
     except TypeError as error:
         raise ConfigError(f"fabric {fabric!r}: {error}") from error
     return opener(**options)
+
+
+def open_for_job(fabric: str, *, threads: int, options: Mapping[str, Any] | None = None) -> Engine:
+    """Open the engine of a source or sink.
+
+    Args:
+        fabric: As of `open_fabric`.
+        threads: Threads that one member may use for copies; fabrics that copy obey.
+        options: Further options of that fabric, such as `addresses`.
+
+    Raises:
+        ConfigError: Unknown fabric or option.
+        NativeUnavailableError: The extension is not built.
+    """
+    found = {**(options or {})}
+    if fabric == "local":
+        found = {"threads": threads, **found}
+    return open_fabric(fabric, **found)

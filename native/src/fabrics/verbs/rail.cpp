@@ -1,12 +1,12 @@
 #include "rail.hpp"
 
 #include <poll.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <array>
 #include <condition_variable>
-#include <fstream>
+
+#include "../../net/numa.hpp"
 
 namespace weightsync::verbs {
 
@@ -19,35 +19,6 @@ constexpr int kBatch = 64;  // completions taken by one call of the library
 constexpr std::uint32_t kMaxEntries = 16384;
 constexpr std::uint32_t kPlaceBits = 16;
 constexpr std::uint32_t kPlaceMask = (1U << kPlaceBits) - 1;
-
-// Run on the cores next to the NIC, where its memory and interrupts are. Best effort: a container
-// may forbid it, and then the scheduler chooses.
-void pin_to_node(int node) {
-    std::ifstream file("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist");
-    cpu_set_t allowed;
-    if (!file || ::sched_getaffinity(0, sizeof(allowed), &allowed) != 0) {
-        return;
-    }
-    cpu_set_t wanted;
-    CPU_ZERO(&wanted);
-    unsigned begin = 0;
-    while (file >> begin) {
-        unsigned end = begin;
-        if (file.peek() == '-') {
-            file.ignore();
-            file >> end;
-        }
-        for (unsigned cpu = begin; cpu <= end && cpu < CPU_SETSIZE; ++cpu) {
-            if (CPU_ISSET(cpu, &allowed)) {
-                CPU_SET(cpu, &wanted);
-            }
-        }
-        file.ignore();  // ","
-    }
-    if (CPU_COUNT(&wanted) > 0) {
-        ::sched_setaffinity(0, sizeof(wanted), &wanted);
-    }
-}
 
 }  // namespace
 
@@ -69,7 +40,7 @@ void Rail::run(void* self) {
     auto& rail = *static_cast<Rail*>(self);
     rail.thread_id_.store(std::this_thread::get_id());
     if (rail.port_.facts.numa_node >= 0) {
-        pin_to_node(rail.port_.facts.numa_node);
+        net::pin_to_node(rail.port_.facts.numa_node);
     }
     rail.loop();
 }

@@ -120,7 +120,7 @@ class VerbsFabric final : public Fabric {
         throw *failure;
     }
 
-    [[nodiscard]] std::vector<RailInfo> rails() const {
+    [[nodiscard]] std::vector<RailInfo> rails() override {
         std::vector<RailInfo> infos;
         for (std::size_t i = 0; i < rails_.size(); ++i) {
             RailInfo info;
