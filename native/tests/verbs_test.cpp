@@ -297,6 +297,23 @@ TEST(verbs_a_port_that_goes_down_leaves_its_writes_to_the_others) {
     check_rules(fake);
 }
 
+TEST(verbs_the_sinks_port_may_go_down_too) {
+    if (!can_meet()) {
+        return;
+    }
+    FakeVerbs fake(4);
+    {
+        Wired link(fake, 8U << 20, {256}, {"fake0", "fake1"}, {"fake2", "fake3"});
+        fake.hold_writes(1, true);  // the source sees nothing of it by itself
+        const auto operation = link.remote->post(link.rows(256));
+        fake.set_port(3, false);
+        operation->wait(Deadline::after(kWaitS));
+        link.target->wait(kFirst, Deadline::after(kWaitS));
+        CHECK(link.arena == link.payload);
+    }
+    check_rules(fake);
+}
+
 TEST(verbs_a_fence_stops_writes_that_were_posted) {
     if (!can_meet()) {
         return;

@@ -6,8 +6,13 @@
 
 namespace weightsync::verbs {
 
-Receiver::Receiver(Rail& rail, std::shared_ptr<Board> board, PathName name, std::string label)
-    : rail_(rail), board_(std::move(board)), name_(name), label_(std::move(label)) {
+Receiver::Receiver(Rail& rail, std::shared_ptr<Board> board, PathName name, std::string label,
+                   std::function<void()> on_down)
+    : rail_(rail),
+      board_(std::move(board)),
+      name_(name),
+      label_(std::move(label)),
+      on_down_(std::move(on_down)) {
     arrived_.reserve(kDepth);
 }
 

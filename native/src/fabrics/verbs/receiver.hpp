@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -17,7 +18,9 @@ namespace weightsync::verbs {
 // Everything but the constructor is for the rail's thread.
 class Receiver final : public Link, Counted<Kind::kSession> {
   public:
-    Receiver(Rail& rail, std::shared_ptr<Board> board, PathName name, std::string label);
+    // `on_down`: told on the rail's thread when the port has gone down.
+    Receiver(Rail& rail, std::shared_ptr<Board> board, PathName name, std::string label,
+             std::function<void()> on_down);
     ~Receiver() override;
 
     [[nodiscard]] Rail& rail() const noexcept { return rail_; }
@@ -29,7 +32,11 @@ class Receiver final : public Link, Counted<Kind::kSession> {
 
     void on_completion(const ibv_wc& completion, std::uint32_t number) override;
     bool advance() override;
-    void on_port(bool /*is_up*/) override {}  // the source decides
+    void on_port(bool is_up) override {
+        if (!is_up) {
+            on_down_();
+        }
+    }
 
   private:
     static constexpr std::uint32_t kDepth = 512;    // receives; immediates on their way at most
@@ -47,6 +54,7 @@ class Receiver final : public Link, Counted<Kind::kSession> {
     const std::shared_ptr<Board> board_;
     const PathName name_;
     const std::string label_;
+    const std::function<void()> on_down_;
     std::unique_ptr<QueuePair> queue_pair_;
     Tag tag_;
     bool is_broken_ = false;

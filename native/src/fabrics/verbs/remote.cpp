@@ -208,6 +208,9 @@ void VerbsRemote::on_frame(const net::Frame& frame) {
         case Type::kGone:
             is_fenced_ = true;
             return;
+        case Type::kFailed:
+            on_failed(decode_name(frame.payload));
+            return;
         case Type::kWelcome:
         case Type::kRanges:
         case Type::kOpen:
@@ -308,6 +311,15 @@ void VerbsRemote::on_fenced(const PathName& name) {
         path.health.fenced(Clock::now());
     }
     set_timer();
+}
+
+void VerbsRemote::on_failed(const PathName& name) {
+    if (is_over_ || name.path >= paths_.size() || paths_[name.path].attempt != name.attempt ||
+        (!paths_[name.path].is_opening && !paths_[name.path].health.is_usable())) {
+        return;
+    }
+    on_path_failure(name.path, Error(Scope::kRail, info_->peer + ": its port went down",
+                                     {{"peer", info_->peer}}));
 }
 
 void VerbsRemote::on_notices() {

@@ -65,6 +65,7 @@ class VerbsRemote final : public RemotePort, public std::enable_shared_from_this
     void on_opened(const PathEnd& end);
     void on_refused(const net::Frame& frame);
     void on_fenced(const PathName& name);
+    void on_failed(const PathName& name);
     void on_notices();
     void on_timer();
     void set_timer();

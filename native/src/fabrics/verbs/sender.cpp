@@ -15,6 +15,14 @@ constexpr std::uint32_t kNumberMask = (1U << 31) - 1;
 // A device that takes no requests although its queue has room is short of something for a moment.
 constexpr std::chrono::milliseconds kPostRetry{1};
 constexpr std::chrono::seconds kPostPatience{2};
+// A reliable connection completes or fails in half a second with the default timeout; software
+// devices have been seen to do neither when a route is gone.
+constexpr std::chrono::seconds kLeastStall{5};
+
+Clock::duration stall_time(const PathOptions& options) {
+    const auto attempt = std::chrono::nanoseconds(std::int64_t{4096} << options.timeout);
+    return std::max<Clock::duration>(kLeastStall, attempt * 4 * (options.retry_count + 1));
+}
 
 }  // namespace
 
@@ -171,6 +179,7 @@ void Sender::on_completion(const ibv_wc& completion, std::uint32_t number) {
         rail_.counts().bytes_out.fetch_add(sent.nbytes, std::memory_order_relaxed);
     }
     done_ += count;
+    moved_at_ = Clock::now();
 }
 
 // Tells the queue what came through.
@@ -240,6 +249,9 @@ std::uint32_t Sender::post_chain(std::uint32_t count) {
     if (error != 0) {
         const auto before = failed == nullptr ? 0 : failed - requests_.data();
         taken = static_cast<std::uint32_t>(std::clamp<std::ptrdiff_t>(before, 0, count));
+    }
+    if (outstanding() == 0) {
+        moved_at_ = Clock::now();
     }
     for (std::uint32_t i = 0; i < taken; ++i) {
         const Piece& piece = pieces_[i];
@@ -318,6 +330,19 @@ bool Sender::send_more() {
     return is_busy;
 }
 
+void Sender::watch_for_stall() {
+    if (outstanding() == 0) {
+        return;
+    }
+    const auto end = moved_at_ + stall_time(rail_.port().options);
+    if (Clock::now() < end) {
+        rail_.wake_by(end);
+        return;
+    }
+    break_with(Error(Scope::kRail, label_ + ": nothing was acknowledged for too long",
+                     {{"rail", rail_.name()}}));
+}
+
 bool Sender::advance() {
     if (!queue_pair_) {
         return false;
@@ -333,6 +358,7 @@ bool Sender::advance() {
     }
     if (!error_ && is_started_) {
         is_busy = send_more() || is_busy;
+        watch_for_stall();
     }
     if (error_) {
         const Error error = *error_;

@@ -73,6 +73,7 @@ class Sender final : public Link, Counted<Kind::kSession> {
     bool settle();
     [[nodiscard]] std::uint32_t room() const noexcept;
     bool send_more();
+    void watch_for_stall();
     // Fills request `i` of the chain. False when its memory is not registered.
     [[nodiscard]] bool fill(std::uint32_t i, const Piece& piece);
     std::uint32_t post_chain(std::uint32_t count);
@@ -100,6 +101,7 @@ class Sender final : public Link, Counted<Kind::kSession> {
     std::uint32_t posted_ = 0;
     std::uint32_t done_ = 0;
     std::uint64_t outstanding_bytes_ = 0;
+    std::chrono::steady_clock::time_point moved_at_{};  // when something completed last
     std::array<Sent, kDepth> sent_{};
     std::vector<std::uint64_t> completed_;  // ids to be told to the queue
     // Immediates: how many the sink could take since the beginning, and how many went; modulo 2^32.

@@ -176,6 +176,7 @@ void VerbsTarget::on_frame(Session& session, const net::Frame& frame) {
         case Type::kRefused:
         case Type::kFenced:
         case Type::kGone:
+        case Type::kFailed:
             break;
     }
     throw Error(Scope::kTransfer, "unexpected message " + std::to_string(frame.type));
@@ -192,8 +193,14 @@ void VerbsTarget::open_path(Session& session, const PathEnd& source) {
         if (!rail.is_up()) {
             throw Error(Scope::kRail, "the port " + rail.name() + " is down");
         }
+        // The source might notice late or never: its own port is up.
+        const auto tell = [weak = session.weak_from_this(), name] {
+            if (const auto live = weak.lock()) {
+                live->channel.send(static_cast<std::uint8_t>(Type::kFailed), encode(name));
+            }
+        };
         auto receiver = std::make_shared<Receiver>(rail, board_, name,
-                                                   rail.name() + " from " + session.peer);
+                                                   rail.name() + " from " + session.peer, tell);
         PathEnd end;
         rail.call([&] { end = receiver->open(receiver, source); });
         session.receivers[name.path] = std::move(receiver);

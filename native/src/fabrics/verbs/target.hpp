@@ -52,7 +52,7 @@ class VerbsTarget final : public TargetPort, public std::enable_shared_from_this
 
   private:
     // One connected source. Its handler runs on the reactor's thread, and so does what it holds.
-    struct Session : Counted<Kind::kSession> {
+    struct Session : std::enable_shared_from_this<Session>, Counted<Kind::kSession> {
         explicit Session(UniqueFd socket) : channel(std::move(socket)) {}
         net::Channel channel;
         std::string peer;
