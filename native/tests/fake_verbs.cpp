@@ -54,7 +54,7 @@ struct FakeQp {
     std::uint32_t peer = 0;
     std::deque<std::uint64_t> receives;  // wr_id
     std::deque<Pending> held;
-    std::uint32_t used = 0;      // of the send queue
+    std::uint32_t used = 0;  // of the send queue
     std::uint32_t unsignalled = 0;
     std::map<std::uint64_t, std::uint32_t> frees;  // wr_id of a completion: places it frees
 };

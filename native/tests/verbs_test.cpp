@@ -42,8 +42,8 @@ std::shared_ptr<Engine> open_engine(const FakeVerbs& fake, const char* name,
 // A source and a sink with a target that is as long as the payload.
 struct Wired {
     Wired(const FakeVerbs& fake, std::size_t nbytes, std::vector<std::int32_t> chunks,
-         std::vector<std::string> source_devices = {"fake0"},
-         std::vector<std::string> sink_devices = {"fake1"})
+          std::vector<std::string> source_devices = {"fake0"},
+          std::vector<std::string> sink_devices = {"fake1"})
         : source(open_engine(fake, "source", std::move(source_devices))),
           sink(open_engine(fake, "sink", std::move(sink_devices))),
           payload(test::pattern(nbytes, 11)),
@@ -131,10 +131,8 @@ TEST(verbs_bad_options_are_refused) {
             options.table = &fake.table();
             options.sysfs = fake.sysfs();
             change(options);
-            [[maybe_unused]] const auto engine =
-                Engine::open("bad", [&](EngineContext& context) {
-                    return make_verbs_fabric(context, options);
-                });
+            [[maybe_unused]] const auto engine = Engine::open(
+                "bad", [&](EngineContext& context) { return make_verbs_fabric(context, options); });
         };
     };
     CHECK(scope_of(open([](auto& o) { o.devices = {"mlx5_0"}; })) == Scope::kConfig);
@@ -234,8 +232,7 @@ TEST(verbs_every_status_is_handled) {
                 Wired link(fake, 1U << 16, {64});
                 fake.fail_write(0, static_cast<ibv_wc_status>(status), 20, has_landed);
                 const auto operation = link.remote->post(link.rows(64));
-                CHECK(scope_of([&] { operation->wait(Deadline::after(kWaitS)); }) ==
-                      Scope::kRail);
+                CHECK(scope_of([&] { operation->wait(Deadline::after(kWaitS)); }) == Scope::kRail);
             }
             {
                 Wired link(fake, 1U << 16, {64}, {"fake0", "fake2"}, {"fake1", "fake3"});
@@ -328,9 +325,8 @@ TEST(verbs_a_fence_stops_writes_that_were_posted) {
         fake.hold_writes(0, false);
         CHECK(scope_of([&] { operation->wait(Deadline::after(kWaitS)); }) == Scope::kFenced);
         CHECK(link.arena == before);
-        CHECK(scope_of([&] {
-                  link.remote->post(link.rows(64))->wait(Deadline::after(kWaitS));
-              }) == Scope::kFenced);
+        CHECK(scope_of([&] { link.remote->post(link.rows(64))->wait(Deadline::after(kWaitS)); }) ==
+              Scope::kFenced);
         link.open_target({64}, 2);
         link.remote->post(link.rows(64))->wait(Deadline::after(kWaitS));
         link.target->wait(kFirst, Deadline::after(kWaitS));

@@ -69,9 +69,9 @@ std::vector<GidEntry> read_gids(const fs::path& port, bool is_infiniband) {
         gap = 0;
         // Reading the type of an empty place fails, and InfiniBand has "IB/RoCE v1" too.
         const std::string type = read_line(port / "gid_attrs" / "types" / name);
-        entry.type = type == "RoCE v2"  ? GidType::kRoceV2
-                     : is_infiniband ? GidType::kInfiniBand
-                                     : GidType::kRoceV1;
+        entry.type = type == "RoCE v2" ? GidType::kRoceV2
+                     : is_infiniband   ? GidType::kInfiniBand
+                                       : GidType::kRoceV1;
         gids.push_back(entry);
     }
     return gids;

@@ -89,8 +89,7 @@ bool MemoryView::find(std::uint64_t address, std::uint64_t nbytes, std::uint32_t
             return true;
         }
     }
-    const auto after =
-        std::ranges::upper_bound(*entries_, address, {}, &LocalMemory::Entry::begin);
+    const auto after = std::ranges::upper_bound(*entries_, address, {}, &LocalMemory::Entry::begin);
     for (auto entry = after; entry != entries_->begin();) {
         --entry;
         if (entry->reach < end) {

@@ -9,8 +9,8 @@ namespace weightsync::verbs {
 namespace {
 
 constexpr std::uint32_t kPsnMask = (1U << 24) - 1;
-constexpr std::uint8_t kMinRnrTimer = 12;    // 0.64 ms; credits make it a matter of bugs only
-constexpr std::uint8_t kRetryForEver = 7;    // receiver not ready
+constexpr std::uint8_t kMinRnrTimer = 12;  // 0.64 ms; credits make it a matter of bugs only
+constexpr std::uint8_t kRetryForEver = 7;  // receiver not ready
 constexpr std::uint8_t kHopLimit = 64;
 constexpr int kMinMtuBytes = 256;
 
@@ -37,8 +37,8 @@ std::uint16_t find_pkey(const Context& context, const ibv_port_attr& attr, std::
 std::uint8_t mtu_code(int nbytes) {
     const auto value = static_cast<unsigned>(nbytes);
     if (nbytes < kMinMtuBytes || nbytes > 4096 || !std::has_single_bit(value)) {
-        throw Error(Scope::kConfig, "mtu_bytes=" + std::to_string(nbytes) +
-                                        ": give 256, 512, 1024, 2048 or 4096");
+        throw Error(Scope::kConfig,
+                    "mtu_bytes=" + std::to_string(nbytes) + ": give 256, 512, 1024, 2048 or 4096");
     }
     return static_cast<std::uint8_t>(std::countr_zero(value) - 7);
 }
@@ -58,8 +58,10 @@ Port open_port(const Context& context, const PortFacts& facts, const PathOptions
     port.attr = context.query_port(port.number);
     const std::string label = facts.device + " port " + std::to_string(facts.port);
     if (port.attr.state != IBV_PORT_ACTIVE) {
-        throw Error(Scope::kRail, label + " is not active; check cable and link (`ip link`, "
-                                          "`ibv_devinfo`)",
+        throw Error(Scope::kRail,
+                    label +
+                        " is not active; check cable and link (`ip link`, "
+                        "`ibv_devinfo`)",
                     {{"rail", label}});
     }
     int index = options.gid_index;
@@ -75,8 +77,7 @@ Port open_port(const Context& context, const PortFacts& facts, const PathOptions
     }
     if (index >= port.attr.gid_tbl_len || index > 255) {
         throw Error(Scope::kConfig, label + " has no GID " + std::to_string(index) +
-                                        "; its table has " +
-                                        std::to_string(port.attr.gid_tbl_len));
+                                        "; its table has " + std::to_string(port.attr.gid_tbl_len));
     }
     port.sgid_index = static_cast<std::uint8_t>(index);
     const int error = context.table().query_gid(context.get(), port.number, index, &port.gid);
@@ -156,16 +157,15 @@ int QueuePair::modify(ibv_qp_attr& attr, int mask) noexcept {
 
 void QueuePair::move_to(const char* state, ibv_qp_attr& attr, int mask) {
     if (const int error = modify(attr, mask); error != 0) {
-        throw os_error(Scope::kQueuePair, std::string("ibv_modify_qp to ") + state,
-                       std::abs(error),
+        throw os_error(Scope::kQueuePair, std::string("ibv_modify_qp to ") + state, std::abs(error),
                        "is there a route between the two ports, and is the GID the right one?");
     }
 }
 
 void QueuePair::connect(const Port& port, const Endpoint& peer) {
     if (peer.link_layer != local_.link_layer) {
-        throw Error(Scope::kConfig,
-                    port.facts.device + " and the peer's port differ: one is InfiniBand, one "
+        throw Error(Scope::kConfig, port.facts.device +
+                                        " and the peer's port differ: one is InfiniBand, one "
                                         "Ethernet; choose devices that match");
     }
     if (peer.mtu < 1 || peer.mtu > 5) {

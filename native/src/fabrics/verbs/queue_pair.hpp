@@ -10,12 +10,12 @@ namespace weightsync::verbs {
 
 // What an administrator may have to choose; the defaults suit lossless RoCEv2 and InfiniBand.
 struct PathOptions {
-    int gid_index = -1;               // -1: see choose_gid()
-    std::uint16_t pkey = 0xFFFF;      // found in the port's table; the top bit is ignored
-    std::uint8_t traffic_class = 0;   // of RoCEv2 packets and InfiniBand routes
+    int gid_index = -1;              // -1: see choose_gid()
+    std::uint16_t pkey = 0xFFFF;     // found in the port's table; the top bit is ignored
+    std::uint8_t traffic_class = 0;  // of RoCEv2 packets and InfiniBand routes
     std::uint8_t service_level = 0;
-    int mtu_bytes = 0;                // 0: what the port runs with
-    std::uint8_t timeout = 14;        // 4.096 us * 2^timeout for an acknowledgement: 67 ms
+    int mtu_bytes = 0;          // 0: what the port runs with
+    std::uint8_t timeout = 14;  // 4.096 us * 2^timeout for an acknowledgement: 67 ms
     std::uint8_t retry_count = 7;
     bool relaxed_ordering = true;
 };
@@ -72,7 +72,8 @@ class QueuePair {
     void connect(const Port& port, const Endpoint& peer);
     // To ERR: nothing new is sent or taken in; what was posted completes with errors.
     void stop() noexcept;
-    // To RESET: after it returns neither memory is touched through it. Reports failures; false then.
+    // To RESET: after it returns neither memory is touched through it. Reports failures; false
+    // then.
     bool reset() noexcept;
 
     // 0 or an errno; `failed` is the first request that was not taken then.

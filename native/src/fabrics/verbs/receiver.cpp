@@ -23,8 +23,8 @@ Receiver::~Receiver() {
 }
 
 PathEnd Receiver::open(const std::shared_ptr<Receiver>& self, const PathEnd& source) {
-    depth_ = std::min(kDepth, static_cast<std::uint32_t>(
-                                  std::max(rail_.port().device.max_qp_wr, 1)));
+    depth_ =
+        std::min(kDepth, static_cast<std::uint32_t>(std::max(rail_.port().device.max_qp_wr, 1)));
     queue_pair_ = rail_.make_queue_pair({kSends, depth_});
     tag_ = rail_.attach(self);
     try {

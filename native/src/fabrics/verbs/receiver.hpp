@@ -39,7 +39,7 @@ class Receiver final : public Link, Counted<Kind::kSession> {
     }
 
   private:
-    static constexpr std::uint32_t kDepth = 512;    // receives; immediates on their way at most
+    static constexpr std::uint32_t kDepth = 512;  // receives; immediates on their way at most
     static constexpr std::uint32_t kBatch = kDepth / 4;  // posted, and announced, together
     // At most kDepth / kBatch announcements are on their way: the source spends what one grants
     // only after it has read it, and there is nothing to announce before it was spent.

@@ -44,8 +44,7 @@ void VerbsRemote::connect(std::shared_ptr<const LocalMemory> memory,
                         {{"peer", info_->peer}});
         }
     }
-    if (std::ranges::none_of(paths_,
-                             [](const Path& path) { return path.health.is_usable(); })) {
+    if (std::ranges::none_of(paths_, [](const Path& path) { return path.health.is_usable(); })) {
         throw refusal_ ? *refusal_
                        : Error(Scope::kRail, "no path to " + info_->peer + " could be opened");
     }
@@ -149,8 +148,8 @@ void VerbsRemote::watch() {
     is_connected_ = true;
     set_timer();
     const auto add = [&](int fd, std::uint32_t events, auto handler) {
-        const std::uint64_t watch = reactor_.watch(
-            fd, events, [weak = weak_from_this(), handler](std::uint32_t) {
+        const std::uint64_t watch =
+            reactor_.watch(fd, events, [weak = weak_from_this(), handler](std::uint32_t) {
                 if (const auto self = weak.lock()) {
                     handler(*self);
                 }
@@ -188,8 +187,7 @@ bool VerbsRemote::on_frames() {
                       std::to_string(info_->generation) + "; connect to its next one",
                   std::move(facts)));
     } else {
-        end(Error(Scope::kPeer, info_->peer + " is gone; plan again without it",
-                  std::move(facts)));
+        end(Error(Scope::kPeer, info_->peer + " is gone; plan again without it", std::move(facts)));
     }
     return false;
 }
@@ -283,13 +281,13 @@ void VerbsRemote::on_path_failure(std::size_t index, const Error& error) {
     if (was_usable) {
         const PathName name{static_cast<std::uint16_t>(index), path.sink_rail, path.attempt};
         channel_.send(code(Type::kFence), encode(name));
-        const bool is_last = std::ranges::none_of(
-            paths_, [](const Path& one) { return one.health.is_usable(); });
+        const bool is_last =
+            std::ranges::none_of(paths_, [](const Path& one) { return one.health.is_usable(); });
         if (is_last && is_connected_) {
-            end(Error(Scope::kRail,
-                      "no rail to " + info_->peer + " works any more; the last one: " +
-                          error.detail(),
-                      {{"peer", info_->peer}}));
+            end(Error(
+                Scope::kRail,
+                "no rail to " + info_->peer + " works any more; the last one: " + error.detail(),
+                {{"peer", info_->peer}}));
             unwatch();
             return;
         }
@@ -455,8 +453,9 @@ void VerbsRemote::close() noexcept {
         }
     }
     const Error error(Scope::kTransfer,
-                      "the remote to " + info_->peer + " was closed while an operation was in "
-                                                       "flight",
+                      "the remote to " + info_->peer +
+                          " was closed while an operation was in "
+                          "flight",
                       {{"peer", info_->peer}});
     if (outbox_->queue) {
         outbox_->queue->fail(error);  // what no rail has taken; the rest may come through

@@ -125,9 +125,8 @@ Registration::Registration(std::shared_ptr<ProtectionDomain> domain, std::uint64
     const Table& table = domain_->table();
     // The library wants the right to write locally wherever a peer may write. Never the right to
     // read remotely: nobody reads.
-    const int flags = access == Access::kWriteRemotely
-                          ? IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE
-                          : 0;
+    const int flags =
+        access == Access::kWriteRemotely ? IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE : 0;
     const char* call = "ibv_reg_mr";
     errno = 0;
     if (dmabuf_fd >= 0) {
@@ -154,8 +153,9 @@ Registration::Registration(std::shared_ptr<ProtectionDomain> domain, std::uint64
         const int error = last_error();
         std::string advice = "check `ulimit -l` (memory must be lockable) and free memory";
         if (error == EFAULT) {
-            advice = "the memory is not all mapped, or not host memory: GPU memory needs a dma-buf "
-                     "(Linux 5.12, rdma-core 34, an open GPU driver) or the nvidia_peermem module";
+            advice =
+                "the memory is not all mapped, or not host memory: GPU memory needs a dma-buf "
+                "(Linux 5.12, rdma-core 34, an open GPU driver) or the nvidia_peermem module";
         } else if (error == EOPNOTSUPP || error == EPROTONOSUPPORT) {
             advice = "this device takes no dma-buf; load the nvidia_peermem kernel module";
         }

@@ -55,8 +55,8 @@ void Sender::prepare_templates() {
 
 PathEnd Sender::open(const std::shared_ptr<Sender>& self) {
     queue_pair_ = rail_.make_queue_pair({kDepth, kCreditReceives});
-    depth_ = std::min(kDepth, static_cast<std::uint32_t>(
-                                  std::max(rail_.port().device.max_qp_wr, 1)));
+    depth_ =
+        std::min(kDepth, static_cast<std::uint32_t>(std::max(rail_.port().device.max_qp_wr, 1)));
     tag_ = rail_.attach(self);
     PathEnd end;
     end.name = name_;
@@ -117,8 +117,9 @@ Error Sender::completion_error(const ibv_wc& completion) const {
     switch (completion.status) {
         case IBV_WC_RETRY_EXC_ERR:
         case IBV_WC_RESP_TIMEOUT_ERR:
-            advice = "the peer does not answer: it is gone, a link is down, or lossless Ethernet "
-                     "(PFC/ECN) is not set up";
+            advice =
+                "the peer does not answer: it is gone, a link is down, or lossless Ethernet "
+                "(PFC/ECN) is not set up";
             break;
         case IBV_WC_REM_ACCESS_ERR:
         case IBV_WC_REM_INV_REQ_ERR:
@@ -132,11 +133,11 @@ Error Sender::completion_error(const ibv_wc& completion) const {
             advice = "see the kernel log and the port's error counters";
             break;
     }
-    return Error(Scope::kQueuePair,
-                 label_ + ": a write failed: " + rail_.table().wc_status_str(completion.status) +
-                     " (vendor error " + std::to_string(completion.vendor_err) + "); " + advice,
-                 {{"rail", rail_.name()},
-                  {"status", static_cast<std::int64_t>(completion.status)}});
+    return Error(
+        Scope::kQueuePair,
+        label_ + ": a write failed: " + rail_.table().wc_status_str(completion.status) +
+            " (vendor error " + std::to_string(completion.vendor_err) + "); " + advice,
+        {{"rail", rail_.name()}, {"status", static_cast<std::int64_t>(completion.status)}});
 }
 
 void Sender::break_with(Error error) {
@@ -315,9 +316,8 @@ bool Sender::send_more() {
         if (!has_work.exchange(false)) {
             break;
         }
-        const std::size_t count =
-            outbox_->queue->take(name_.path, kWindowBytes - outstanding_bytes_,
-                                 std::span(pieces_).first(free));
+        const std::size_t count = outbox_->queue->take(
+            name_.path, kWindowBytes - outstanding_bytes_, std::span(pieces_).first(free));
         if (count == 0) {
             break;  // woken when there is more
         }

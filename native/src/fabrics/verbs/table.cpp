@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-
 #include <weightsync/error.hpp>
 
 namespace weightsync::verbs {

@@ -146,9 +146,8 @@ void VerbsTarget::on_accept(net::Accepted accepted) {
 
 bool VerbsTarget::on_event(Session& session) {
     try {
-        return session.channel.flush() && session.channel.receive([&](const net::Frame& frame) {
-            on_frame(session, frame);
-        });
+        return session.channel.flush() &&
+               session.channel.receive([&](const net::Frame& frame) { on_frame(session, frame); });
     } catch (const std::exception& error) {
         board_->header().protocol_errors.fetch_add(1, std::memory_order_relaxed);
         report("verbs fabric: source " + session.peer + ": " + error.what());

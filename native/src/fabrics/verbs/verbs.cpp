@@ -68,8 +68,8 @@ class VerbsFabric final : public Fabric {
         listener_ = std::make_unique<net::Listener>(context_, reactor_, std::move(addresses));
         std::vector<std::shared_ptr<ProtectionDomain>> domains;
         for (const PortFacts& port : choose_ports(options)) {
-            rails_.push_back(std::make_unique<Rail>(table, port, options.path,
-                                                    static_cast<int>(rails_.size())));
+            rails_.push_back(
+                std::make_unique<Rail>(table, port, options.path, static_cast<int>(rails_.size())));
             domains.push_back(rails_.back()->domain());
         }
         memory_ = std::make_shared<LocalMemory>(std::move(domains));
