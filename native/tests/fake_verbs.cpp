@@ -1,4 +1,4 @@
-#include "fake_verbs.hpp"
+#include "fake_world.hpp"
 
 #include <arpa/inet.h>
 #include <sys/eventfd.h>
@@ -6,13 +6,8 @@
 
 #include <cerrno>
 #include <cstring>
-#include <deque>
 #include <filesystem>
 #include <fstream>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <optional>
 #include <vector>
 
 namespace weightsync::test {
@@ -21,77 +16,6 @@ namespace {
 
 using namespace weightsync::verbs;
 namespace fs = std::filesystem;
-
-struct FakeDevice;
-
-struct FakeContext {
-    ibv_context raw{};  // first: the library's pointer is ours
-    FakeDevice* device = nullptr;
-    std::deque<ibv_async_event> events;
-};
-
-struct FakeChannel {
-    ibv_comp_channel raw{};
-    std::deque<ibv_cq*> events;
-};
-
-struct FakeCq {
-    ibv_cq raw{};
-    std::deque<ibv_wc> entries;
-    bool is_armed = false;
-};
-
-struct Pending {
-    ibv_send_wr request;
-    ibv_sge part;
-};
-
-struct FakeQp {
-    ibv_qp raw{};
-    FakeDevice* device = nullptr;
-    ibv_qp_state state = IBV_QPS_RESET;
-    ibv_qp_cap cap{};
-    std::uint32_t peer = 0;
-    std::deque<std::uint64_t> receives;  // wr_id
-    std::deque<Pending> held;
-    std::uint32_t used = 0;  // of the send queue
-    std::uint32_t unsignalled = 0;
-    std::map<std::uint64_t, std::uint32_t> frees;  // wr_id of a completion: places it frees
-};
-
-struct FakeMr {
-    ibv_mr raw{};
-    int access = 0;
-};
-
-struct FakeDevice {
-    std::string name;
-    bool is_up = true;
-    bool is_holding = false;
-    std::optional<ibv_wc_status> failure;
-    int skip = 0;
-    bool has_landed = false;
-    int refusals = 0;
-    int refusal = 0;
-    int refusal_taken = 0;
-    std::vector<FakeContext*> contexts;
-};
-
-struct World {
-    std::recursive_mutex mutex;
-    FakeLimits limits;
-    std::vector<std::unique_ptr<FakeDevice>> devices;
-    std::map<std::uint32_t, FakeQp*> qps;
-    std::map<std::uint32_t, FakeMr*> mrs;  // by key
-    std::uint32_t next_number = 17;
-    std::string sysfs;
-    FakeCounts counts;
-    int destroy_qp_failures = 0;
-    int create_qp_failures = 0;
-    int reg_mr_failures = 0;
-    int reg_mr_error = 0;
-    Table table;
-};
 
 World* world = nullptr;
 
