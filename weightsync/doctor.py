@@ -149,6 +149,7 @@ def examine(host: Host | None = None) -> list[Check]:
         _sockets,
         _process_read,
         _local_fabric,
+        _tcp_fabric,
         _limits,
         _torch,
         _cuda,
@@ -171,7 +172,8 @@ def run_doctor(console: Console) -> dict[str, Any]:
     """
     checks = examine()
     broken = [check for check in checks if check.is_needed and check.status == "missing"]
-    fabrics = [] if broken else ["local", "sim"]
+    works = {check.name for check in checks if check.status == "ok"}
+    fabrics = [] if broken else ["local", "sim", *(["tcp"] if "fabric tcp" in works else [])]
     if not broken and verbs_problem() is None:
         fabrics.append("verbs")
     table = Table(box=SIMPLE_HEAD)
@@ -362,11 +364,20 @@ def _try_process_read() -> str | None:
 
 
 def _local_fabric(host: Host) -> Iterator[Check]:
+    yield _try_fabric("local", is_needed=True)
+
+
+def _tcp_fabric(host: Host) -> Iterator[Check]:
+    yield _try_fabric("tcp", is_needed=False)
+
+
+def _try_fabric(name: str, *, is_needed: bool) -> Check:
     """Send a few bytes from one engine to another one, as two processes would."""
+    what = f"fabric {name}"
     data = np.arange(MIB, dtype=np.uint8)
     try:
         with contextlib.ExitStack() as stack:
-            sink, source = open_fabric("local"), open_fabric("local")
+            sink, source = open_fabric(name), open_fabric(name)
             stack.callback(sink.close)
             stack.callback(source.close)
             memory = sink.allocate(data.nbytes)
@@ -379,15 +390,13 @@ def _local_fabric(host: Host) -> Iterator[Check]:
             target.flush()
             if not np.array_equal(np.frombuffer(memoryview(memory), np.uint8), data):
                 next_step = "report this, with the output of `weightsync doctor --json`"
-                yield Check("fabric local", "missing", "wrong bytes arrived", next_step, True)
-                return
+                return Check(what, "missing", "wrong bytes arrived", next_step, is_needed)
             remote.close()
             target.close()
             lease.release()
     except (WeightSyncError, OSError) as error:
-        yield Check("fabric local", "missing", str(error), "see the message", True)
-        return
-    yield Check("fabric local", "ok", f"{format_bytes(data.nbytes)} written and compared")
+        return Check(what, "missing", str(error), "see the message", is_needed)
+    return Check(what, "ok", f"{format_bytes(data.nbytes)} written and compared")
 
 
 def _limits(host: Host) -> Iterator[Check]:

@@ -41,7 +41,7 @@ struct Pending {
 struct FakeQp {
     verbs::ibv_qp raw{};
     FakeDevice* device = nullptr;
-    verbs::ibv_qp_state state = IBV_QPS_RESET;
+    verbs::ibv_qp_state state = verbs::IBV_QPS_RESET;
     verbs::ibv_qp_cap cap{};
     std::uint32_t peer = 0;
     std::deque<std::uint64_t> receives;  // wr_id
@@ -82,7 +82,7 @@ struct World {
     int create_qp_failures = 0;
     int reg_mr_failures = 0;
     int reg_mr_error = 0;
-    Table table;
+    verbs::Table table;
 };
 
 }  // namespace weightsync::test

@@ -1,4 +1,4 @@
-"""The local fabric between real processes that are stopped, killed or forge what they send."""
+"""What only the local fabric does between real processes; test_processes.py has the rest."""
 
 from __future__ import annotations
 
@@ -12,26 +12,19 @@ from typing import cast
 import numpy as np
 import pytest
 
-from support import scaled
 from support.fabrics import Handle, address_of, no_leaks, random_bytes, rows
 from support.peers import Peer, PeerError
 from weightsync.errors import (
-    AuthError,
-    FencedError,
     MemoryRegistrationError,
-    PeerLostError,
-    TransferTimeoutError,
     WeightSyncError,
 )
-from weightsync.transport.base import Engine, Lease, Memory, Target
+from weightsync.transport.base import Engine
 from weightsync.transport.fabrics import open_fabric
 
 WAIT_S = 10.0
 # "Bounded": generous, because the machine may be busy; a wait for a stopped peer would never end.
 BOUNDED_S = 5.0
 MIB = 1 << 20
-
-both_modes = pytest.mark.parametrize("is_private", [False, True], ids=["push", "pull"])
 
 
 @pytest.fixture
@@ -41,33 +34,10 @@ def engine() -> Iterator[Engine]:
         handle = Handle(open_fabric("local", name="test"))
         yield cast(Engine, handle)
         handle.close()
-    assert [path for path in Path("/dev/shm").iterdir() if "weightsync" in path.name] == []
+    # Other runs on this machine may have files of their own there.
+    ours = f"*weightsync*{os.getpid()}*"
+    assert list(Path("/dev/shm").glob(ours)) == []
     assert len(os.listdir("/proc/self/fd")) <= fds_before  # noqa: PTH208
-
-
-def export(engine: Engine, nbytes: int, slots: list[int], *, is_private: bool) -> Target:
-    view = np.zeros(nbytes, np.uint8)
-    memory: Lease | Memory = (
-        engine.register(address_of(view), nbytes, view) if is_private else engine.allocate(nbytes)
-    )
-    return engine.export([(0, memory, 0, nbytes)], slots, 8, 1)
-
-
-@both_modes
-def test_bytes_reach_another_process(engine: Engine, is_private: bool) -> None:
-    with Peer() as peer:
-        descriptor = bytes.fromhex(
-            peer.call("export", nbytes=4 * MIB, slots=[4], is_private=is_private)
-        )
-        payload = random_bytes(4 * MIB, seed=9)
-        lease = engine.register(address_of(payload), payload.nbytes, payload)
-        with engine.connect(descriptor, WAIT_S) as remote:
-            assert str(peer.pid) in remote.peer
-            table = [(address_of(payload) + i * MIB, i * MIB, MIB, i) for i in range(4)]
-            remote.post(rows(*table)).wait(WAIT_S)
-            peer.call("wait", slots=[0], timeout_s=WAIT_S)
-            assert peer.call("holds", nbytes=4 * MIB, seed=9)
-        lease.release()
 
 
 def test_a_writer_that_wakes_up_after_the_fence_changes_nothing(engine: Engine) -> None:
@@ -145,77 +115,6 @@ def test_pulling_from_a_stopped_source_goes_on_and_its_fence_does_not_wait(engin
         lease.release()
 
 
-@both_modes
-def test_a_killed_source_is_replaced_by_another(engine: Engine, is_private: bool) -> None:
-    target = export(engine, 4 * MIB, [4], is_private=is_private)
-    with Peer() as first, Peer() as second:
-        for peer in (first, second):
-            peer.call("connect", descriptor=target.descriptor.hex())
-            peer.call("load", nbytes=4 * MIB, seed=2)
-        first.call("post", table=[[0, 0, MIB, 0], [MIB, MIB, MIB, 1]])
-        first.call("finish", timeout_s=WAIT_S)
-        first.kill()
-        with pytest.raises(TransferTimeoutError, match="lacks chunks 2-3"):
-            target.wait([0], 0.05)
-        second.call("post", table=[[i * MIB, i * MIB, MIB, i] for i in range(4)])
-        second.call("finish", timeout_s=WAIT_S)
-        target.wait([0], WAIT_S)
-        assert target.counters()["duplicates"] == 2
-    target.close()
-
-
-@both_modes
-def test_a_source_killed_while_it_writes_harms_nobody(engine: Engine, is_private: bool) -> None:
-    for _ in range(scaled(3, 40)):
-        nbytes = 64 * MIB
-        target = export(engine, nbytes, [64], is_private=is_private)
-        with Peer() as peer:
-            peer.call("connect", descriptor=target.descriptor.hex())
-            peer.call("load", nbytes=nbytes, seed=3)
-            peer.start("post", table=[[i * MIB, i * MIB, MIB, i] for i in range(64)])
-            while len(target.missing(0)) == 64:
-                pass
-            peer.kill()
-        start = time.monotonic()
-        target.fence(discard=True)
-        assert time.monotonic() - start < BOUNDED_S
-        target.close()
-
-
-@both_modes
-def test_a_killed_sink_fails_operations_in_bounded_time(engine: Engine, is_private: bool) -> None:
-    payload = random_bytes(MIB)
-    lease = engine.register(address_of(payload), MIB, payload)
-    with Peer() as peer:
-        descriptor = bytes.fromhex(
-            peer.call("export", nbytes=MIB, slots=[1], is_private=is_private)
-        )
-        remote = engine.connect(descriptor, WAIT_S)
-        table = rows((address_of(payload), 0, MIB, 0))
-        remote.post(table).wait(WAIT_S)
-        peer.stop()
-        in_flight = remote.post(table)
-        if is_private:  # nobody reads it while the sink is stopped
-            with pytest.raises(TransferTimeoutError, match=str(peer.pid)) as slow:
-                in_flight.wait(0.05)
-            assert slow.value.slots == [0]
-            with pytest.raises(TransferTimeoutError, match="still read by 1 operation"):
-                lease.release(0.0)
-        else:
-            in_flight.wait(WAIT_S)  # one-sided: the sink need not run
-        peer.kill()
-        if is_private:
-            with pytest.raises(PeerLostError, match="gone") as lost:
-                in_flight.wait(BOUNDED_S)
-            assert str(peer.pid) in lost.value.peer
-        with pytest.raises(PeerLostError):
-            remote.post(table).wait(BOUNDED_S)
-        remote.close()
-        with pytest.raises(PeerLostError, match="does not listen"):
-            engine.connect(descriptor, BOUNDED_S)
-    lease.release()
-
-
 def test_pulling_goes_on_when_a_stopped_sink_continues(engine: Engine) -> None:
     payload = random_bytes(MIB, seed=6)
     lease = engine.register(address_of(payload), MIB, payload)
@@ -251,27 +150,10 @@ def test_closing_a_remote_withdraws_what_a_stopped_sink_has_not_read(engine: Eng
             peer.call("wait", slots=[0], timeout_s=0.1)
 
 
-def test_connecting_to_a_stopped_sink_times_out(engine: Engine) -> None:
-    with Peer() as peer:
-        descriptor = bytes.fromhex(peer.call("export", nbytes=MIB, slots=[1], is_private=False))
-        peer.stop()
-        with pytest.raises(TransferTimeoutError, match="did not answer"):
-            engine.connect(descriptor, 0.1)
-
-
-def test_a_forged_key_is_refused(engine: Engine) -> None:
-    target = export(engine, MIB, [1], is_private=False)
-    descriptor = bytearray(target.descriptor)
-    name = descriptor.index(b"weightsync-")
-    descriptor[name - 2] ^= 1  # last byte of the key, before the name's length
-    with pytest.raises(AuthError, match="wrong key"):
-        engine.connect(bytes(descriptor), WAIT_S)
-    assert engine.counters()["refused_connections"] == 1
-    target.close()
-
-
 def test_memory_that_a_source_takes_away_is_a_typed_error(engine: Engine) -> None:
-    target = export(engine, 4 * MIB, [1, 1], is_private=True)
+    view = np.zeros(4 * MIB, np.uint8)
+    memory = engine.register(address_of(view), view.nbytes, view)
+    target = engine.export([(0, memory, 0, view.nbytes)], [1, 1], 8, 1)
     with Peer() as peer:
         peer.call("connect", descriptor=target.descriptor.hex())
         peer.call("load", nbytes=4 * MIB, seed=1)
@@ -290,48 +172,6 @@ def test_a_source_that_cannot_be_read_is_told_when_it_connects() -> None:
         source.call("forbid_attaching")
         with pytest.raises(PeerError, match=r"MemoryRegistrationError.*EPERM.*ptrace"):
             source.call("connect", descriptor=descriptor)
-
-
-def test_connections_leave_no_descriptors_behind(engine: Engine) -> None:
-    target = export(engine, MIB, [1], is_private=False)
-    source = open_fabric("local")
-    source.connect(target.descriptor, WAIT_S).close()
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    for _ in range(30):
-        source.connect(target.descriptor, WAIT_S).close()
-    source.close()
-    target.fence()
-    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
-
-
-def test_a_forked_child_leaves_its_parents_engine_alone(engine: Engine) -> None:
-    memory = engine.allocate(4096)
-    target = engine.export([(0, memory, 0, 4096)], [2], 8, 1)
-    source = open_fabric("local")
-    remote = source.connect(target.descriptor, WAIT_S)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            engine.allocate(4096)
-        except WeightSyncError:
-            remote.close()
-            target.close()
-            source.close()
-            del remote, source
-            status = 0
-        os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
-    payload = random_bytes(4096)
-    lease = source.register(address_of(payload), 4096, payload)
-    remote.post(rows((address_of(payload), 0, 4096, 0))).wait(WAIT_S)
-    assert target.missing(0) == [1]
-    target.fence()
-    with pytest.raises(FencedError):
-        remote.post(rows((address_of(payload), 0, 4096, 1))).wait(WAIT_S)
-    lease.release()
-    remote.close()
-    source.close()
 
 
 def test_too_much_memory_is_a_typed_error(engine: Engine) -> None:

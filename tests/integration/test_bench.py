@@ -73,19 +73,32 @@ def start(environ: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("memory", "baseline", "mode", "arguments"),
+    ("fabric", "memory", "baseline", "mode", "arguments"),
     [
-        ("shared", "memcpy, 1 thread", "staged", ("--bytes", "24MiB", "--tensors", "12")),
+        ("local", "shared", "memcpy, 1 thread", "staged", ("--bytes", "24MiB", "--tensors", "12")),
         (
+            "local",
             "private",
             "process_vm_readv, 2 threads",
             "in_place",
             ("--bytes", "6000002", "--tensors", "4500", "--threads", "2"),
         ),
+        (
+            "tcp",
+            "shared",
+            "sockets, 2 streams",
+            "staged",
+            ("--bytes", "24MiB", "--tensors", "12", "--fabric", "tcp"),
+        ),
     ],
 )
 def test_run(
-    mark: dict[str, str], memory: str, baseline: str, mode: str, arguments: tuple[str, ...]
+    mark: dict[str, str],
+    fabric: str,
+    memory: str,
+    baseline: str,
+    mode: str,
+    arguments: tuple[str, ...],
 ) -> None:
     process = start(mark, "--memory", memory, "--repeats", "3", *arguments)
     output, messages = process.communicate(timeout=180)
@@ -94,7 +107,7 @@ def test_run(
     result: dict[str, Any] = json.loads(output)
     assert result.keys() >= KEYS
     assert result["schema"] == "weightsync.bench_transfer/1"
-    assert (result["fabric"], result["memory"]) == ("local", memory)
+    assert (result["fabric"], result["memory"]) == (fabric, memory)
     assert (result["baseline"], result["publish_mode"]) == (baseline, mode)
     assert result["verified"] is True
     assert "verified: yes" in messages
@@ -134,7 +147,7 @@ def test_interrupt_leaves_nothing(mark: dict[str, str]) -> None:
         (("--threads", "0"), "threads=0"),
         (("--memory", "sacred"), "sacred"),
         (("--fabric", "sim"), "lives in one process"),
-        (("--fabric", "tcp"), "not built yet"),
+        (("--fabric", "verbs"), "not built yet"),
         (("--fabric", "pigeon"), "unknown fabric"),
         (("--bytes", "1000TiB"), "fewer --bytes"),
     ],

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.fabrics import RAILS
 from support.toy import SHAPES, ToySinkLayout, ToySourceLayout, expected_sink, toy_shard, toy_sink
 from weightsync import errors
 from weightsync.client import Job, Sink, Source
@@ -26,8 +27,16 @@ class Fleet:
     """Two sources and replicas of two sinks each, all in this process."""
 
     def __init__(
-        self, job: Job, *, mode: str = "staged", replicas: str = "a", **source: Any
+        self,
+        job: Job,
+        *,
+        mode: str = "staged",
+        replicas: str = "a",
+        fabric: str = "local",
+        **source: Any,
     ) -> None:
+        # Every rank with rails of its own, as hosts have them.
+        options = {"addresses": list(RAILS[:2])} if fabric == "tcp" else {}
         self.job = job
         self.stack = ExitStack()
         self.pool = self.stack.enter_context(ThreadPoolExecutor(16))
@@ -37,7 +46,8 @@ class Fleet:
             self.stack.enter_context(
                 Source(
                     self.shards[rank], layout=ToySourceLayout(SOURCES), rank=rank,
-                    world_size=SOURCES, job=job, timeout_s=TIMEOUT_S, **source,
+                    world_size=SOURCES, job=job, timeout_s=TIMEOUT_S, fabric=fabric,
+                    fabric_options=options, **source,
                 )
             )
             for rank in range(SOURCES)
@@ -47,7 +57,8 @@ class Fleet:
             key: self.stack.enter_context(
                 Sink(
                     live, layout=ToySinkLayout(2), replica=key[0], rank=key[1], world_size=2,
-                    job=job, mode=mode, timeout_s=TIMEOUT_S,  # type: ignore[arg-type]
+                    job=job, mode=mode, timeout_s=TIMEOUT_S, fabric=fabric,  # type: ignore[arg-type]
+                    fabric_options=options,
                 )
             )
             for key, live in self.live.items()
@@ -89,9 +100,10 @@ def _failures(futures: list[Any]) -> list[BaseException]:
     return [e for f in futures if (e := f.exception(TIMEOUT_S + 5)) is not None]
 
 
+@pytest.mark.parametrize("fabric", ["local", "tcp"])
 @pytest.mark.parametrize("mode", ["staged", "in_place"])
-def test_versions_arrive_cast_and_sharded(job: Job, mode: str) -> None:
-    fleet = Fleet(job, mode=mode, replicas="ab")
+def test_versions_arrive_cast_and_sharded(job: Job, mode: str, fabric: str) -> None:
+    fleet = Fleet(job, mode=mode, replicas="ab", fabric=fabric)
     with fleet.stack:
         for step in range(1, 5):
             fleet.train(step)

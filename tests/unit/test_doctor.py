@@ -50,6 +50,7 @@ def test_well_equipped_host(tmp_path: Path) -> None:
     good = {name for name, check in found.items() if check.status == "ok"}
     assert good >= {
         *("Python", "extension", "memory", "memfd", "huge pages", "job socket", "fabric local"),
+        "fabric tcp",
         *("PyTorch", "expandable segments", "CUDA driver", "libibverbs", "libfabric"),
         *("RDMA devices", "spin"),
     }

@@ -24,7 +24,7 @@ __all__ = ["Memcpy", "ProcessRead", "SocketReceiver", "SocketSender"]
 Int64 = npt.NDArray[np.int64]
 
 _IOV_MAX: Final = 1024  # of one system call
-_STREAMS: Final = 2  # as `weightsync.transport.tcp.open_tcp` has them
+_STREAMS: Final = 2  # as many as `open_tcp` has without addresses
 _PIECE_BYTES: Final = 16 * MIB  # threads share out pieces of this size
 
 

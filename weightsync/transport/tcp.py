@@ -26,15 +26,17 @@ _numbers = itertools.count()
 
 
 def open_tcp(
-    *, name: str | None = None, addresses: Sequence[str] | None = None, streams: int = 2
+    *, name: str | None = None, addresses: Sequence[str] | None = None, streams: int | None = None
 ) -> Engine:
     """Open an engine on this host's network.
 
     Args:
         name: For messages; None makes one from the process id.
         addresses: Numeric IPv4 or IPv6 addresses of this host, one per rail: each gets a port and a
-            thread. Connections to sinks start from them too. None: 127.0.0.1, this host only.
-        streams: Connections of each pair of rails, 1 .. 32.
+            thread. Connections to sinks start from them too. None: this host only; two rails of
+            127.0.0.1 (one on a single core), because there a thread is slower than memory is.
+        streams: Connections of each pair of rails, 1 .. 32. None: 2, so that a lost segment does
+            not hold up a rail; 1 without `addresses`, where none is lost.
 
     Returns:
         The engine; it listens from its first export on, and its threads sleep when idle.
@@ -46,8 +48,10 @@ def open_tcp(
         raise ConfigError(f"addresses={addresses!r}: give a list, one address for each rail")
     if addresses is not None and not addresses:
         raise ConfigError("addresses=[]: give at least one, or None for loopback")
+    if streams is None:
+        streams = 1 if addresses is None else 2
+    if addresses is None:
+        addresses = ["127.0.0.1"] * min(2, len(os.sched_getaffinity(0)))
     return _native.open_tcp(
-        f"tcp-{os.getpid()}-{next(_numbers)}" if name is None else name,
-        [] if addresses is None else list(addresses),
-        streams,
+        f"tcp-{os.getpid()}-{next(_numbers)}" if name is None else name, list(addresses), streams
     )

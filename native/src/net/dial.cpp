@@ -71,7 +71,10 @@ UniqueFd connect_socket(const Address& to, const std::optional<Address>& local,
     if (!socket) {
         throw os_error(Scope::kMemory, "socket", errno, "check `ulimit -n`");
     }
-    if (local && local->family() == to.family()) {
+    // From a loopback address nothing leaves this host: then the system chooses.
+    const bool is_usable =
+        local && local->family() == to.family() && (!local->is_loopback() || to.is_loopback());
+    if (is_usable) {
         const int on = 1;
         // The port is chosen by connect(), so the local end may be shared by many peers.
         ::setsockopt(socket.get(), IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof(on));

@@ -10,16 +10,11 @@ namespace weightsync::tcp {
 
 namespace {
 
-constexpr std::uint32_t kEvents = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
 constexpr int kTurnBlocks = 8;
 constexpr std::chrono::milliseconds kTick{250};
 // Longer than TCP takes to repair a lost segment.
 constexpr std::chrono::seconds kStall{2};
 constexpr std::uint64_t kProbeBytes = 64U << 10U;
-
-PathHealth::Time now() noexcept {
-    return std::chrono::steady_clock::now();
-}
 
 }  // namespace
 
@@ -46,7 +41,7 @@ bool Path::attach(std::vector<UniqueFd> sockets, bool is_probe) {
         for (UniqueFd& socket : sockets) {
             auto stream = std::make_shared<SourceStream>(std::move(socket), rail_);
             stream->watch = rail_.reactor.watch(
-                stream->socket(), kEvents,
+                stream->socket(), kStreamEvents,
                 [this, stream](std::uint32_t events) { return on_event(stream, events); });
             streams_.push_back(std::move(stream));
         }

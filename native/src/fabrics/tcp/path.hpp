@@ -15,6 +15,10 @@
 
 namespace weightsync::tcp {
 
+[[nodiscard]] inline PathHealth::Time now() noexcept {
+    return std::chrono::steady_clock::now();
+}
+
 // What a path tells its remote; called with the path's lock held, so it only takes notes.
 class PathOwner {
   public:

@@ -1,6 +1,8 @@
 // One local address: its thread, and what went over it.
 #pragma once
 
+#include <sys/epoll.h>
+
 #include <atomic>
 #include <cstdint>
 #include <optional>
@@ -10,6 +12,9 @@
 #include "../../net/reactor.hpp"
 
 namespace weightsync::tcp {
+
+// Of every connection: edges only, so whoever is told takes everything that is there.
+inline constexpr std::uint32_t kStreamEvents = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
 
 struct Rail {
     Rail(std::size_t number, net::Address own_address, bool is_bound);

@@ -18,10 +18,6 @@ constexpr std::uint64_t kWindowBytesPerStream = std::uint64_t{4} << 20;
 constexpr std::chrono::seconds kDialTime{5};
 constexpr int kMaxUnanswered = 4;  // a quarter of a second each
 
-PathHealth::Time now() noexcept {
-    return std::chrono::steady_clock::now();
-}
-
 template <class Message>
 bool decode(const net::Frame& frame, Message& message) noexcept {
     if (frame.payload.size() != sizeof(Message)) {
@@ -195,8 +191,7 @@ void TcpRemote::use_control(std::unique_ptr<net::Channel> channel) {
         }
         old = std::exchange(control_, shared_channel);
         old_watch = std::exchange(control_watch_,
-                                  shared_.reactor.watch(shared_channel->socket(),
-                                                        EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET,
+                                  shared_.reactor.watch(shared_channel->socket(), kStreamEvents,
                                                         [this, shared_channel](std::uint32_t) {
                                                             on_control(shared_channel);
                                                             return false;

@@ -11,12 +11,6 @@
 
 namespace weightsync::tcp {
 
-namespace {
-
-constexpr std::uint32_t kEvents = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
-
-}  // namespace
-
 TcpTarget::TcpTarget(EngineContext& context, net::Listener& listener, net::Reactor& reactor,
                      std::vector<std::unique_ptr<Rail>>& rails, TargetSpec spec)
     : context_(context),
@@ -70,7 +64,7 @@ void TcpTarget::accept_control(net::Accepted accepted) {
         old = std::exchange(session.control, channel);
         old_watch = std::exchange(
             session.control_watch,
-            reactor_.watch(channel->socket(), kEvents, [this, id, channel](std::uint32_t) {
+            reactor_.watch(channel->socket(), kStreamEvents, [this, id, channel](std::uint32_t) {
                 on_control(id, channel);
                 return false;
             }));
@@ -115,7 +109,7 @@ void TcpTarget::accept_data(net::Accepted accepted) {
         throw Error(Scope::kFenced, "this attempt of the path was fenced");
     }
     stream->watch =
-        rail.reactor.watch(stream->socket(), kEvents,
+        rail.reactor.watch(stream->socket(), kStreamEvents,
                            [this, id, stream](std::uint32_t) { return on_stream(id, stream); });
     session.streams.push_back(stream);
 }
@@ -126,8 +120,9 @@ bool TcpTarget::on_stream(std::uint64_t session, const Stream& stream) {
     if (state != SinkStream::State::kOver) {
         return state == SinkStream::State::kMore;
     }
-    stream->rail().reactor.unwatch(stream->watch);
+    // The lock first: the one who let it in may not be done with it.
     const std::lock_guard lock(mutex_);
+    stream->rail().reactor.unwatch(stream->watch);  // from its own handler: waits for nobody
     if (const auto found = sessions_.find(session); found != sessions_.end()) {
         std::erase(found->second.streams, stream);
         forget_if_empty(found);
