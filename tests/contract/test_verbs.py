@@ -88,13 +88,15 @@ def test_a_nic_that_goes_down_leaves_its_writes_to_the_others(side: str) -> None
         target = sink.export([(0, leases[1], 0, NBYTES)], [CHUNKS], 8, 1)
         remote = source.connect(target.descriptor, WAIT_S)
         victim = found[1] if side == "source" else found[3]
-        operation = remote.post(table_of(payload))
+        # The same bytes again and again: long enough for a command to run in between.
+        operations = [remote.post(table_of(payload)) for _ in range(8)]
         try:
             while sum(bytes_of(source, "out")) < NBYTES // 16:
                 time.sleep(0.001)
             set_link(victim, "down")
-            assert not operation.done
-            operation.wait(WAIT_S)
+            assert not operations[-1].done
+            for operation in operations:
+                operation.wait(WAIT_S)
             target.wait([0], WAIT_S)
         finally:
             set_link(victim, "up")
@@ -105,7 +107,7 @@ def test_a_nic_that_goes_down_leaves_its_writes_to_the_others(side: str) -> None
         target.close()
         source.close()
         sink.close()
-        del operation, remote, target, leases, source, sink
+        del operations, operation, remote, target, leases, source, sink
 
 
 def test_a_killed_peer_is_a_typed_error_and_leaves_nothing() -> None:
