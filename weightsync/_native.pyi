@@ -284,6 +284,24 @@ class SimWire:
 
 def open_local(name: str, num_threads: int) -> Engine: ...
 def open_tcp(name: str, addresses: Sequence[str], num_streams: int) -> Engine: ...
+def open_verbs(
+    name: str,
+    devices: list[str],
+    addresses: list[str],
+    gid_index: int,
+    pkey: int,
+    traffic_class: int,
+    service_level: int,
+    mtu_bytes: int,
+    timeout: int,
+    retry_count: int,
+) -> Engine: ...
+def verbs_problem() -> str:
+    """Why libibverbs cannot be used, or ""."""
+
+def rdma_ports(sysfs: str = "/sys") -> list[dict[str, Any]]:
+    """Fields as weightsync.transport.verbs.RdmaPort."""
+
 def live_object_count() -> int: ...
 def live_objects() -> dict[str, int]: ...
 

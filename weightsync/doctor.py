@@ -31,6 +31,7 @@ from rich.text import Text
 from weightsync.encodings import kernels
 from weightsync.errors import WeightSyncError
 from weightsync.transport.fabrics import open_fabric
+from weightsync.transport.verbs import RdmaPort, rdma_ports, verbs_problem
 from weightsync.units import GIB, MIB, format_bytes
 
 __all__ = ["Check", "Host", "examine", "run_doctor"]
@@ -173,6 +174,8 @@ def run_doctor(console: Console) -> dict[str, Any]:
     broken = [check for check in checks if check.is_needed and check.status == "missing"]
     works = {check.name for check in checks if check.status == "ok"}
     fabrics = [] if broken else ["local", "sim", *(["tcp"] if "fabric tcp" in works else [])]
+    if not broken and verbs_problem() is None:
+        fabrics.append("verbs")
     table = Table(box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     table.add_column("what", no_wrap=True)
@@ -182,12 +185,20 @@ def run_doctor(console: Console) -> dict[str, Any]:
         status = Text(check.status, _STYLE[check.status])
         table.add_row(status, check.name, Text(check.found), Text(check.next))
     console.print(table)
+    ports = _ports()
+    if ports:
+        console.print(_port_table(ports))
     if broken:
         names = ", ".join(check.name for check in broken)
         console.print(f"local does not work here: {names}", style="bold red")
     else:
         console.print(f"fabrics that work now: {', '.join(fabrics)}", style="green")
-    return {"ok": not broken, "fabrics": fabrics, "checks": [asdict(check) for check in checks]}
+    return {
+        "ok": not broken,
+        "fabrics": fabrics,
+        "checks": [asdict(check) for check in checks],
+        "rdma_ports": [asdict(port) for port in ports],
+    }
 
 
 # ---- what to look at ----
@@ -434,9 +445,9 @@ def _cuda(host: Host) -> Iterator[Check]:
 
 def _rdma(host: Host) -> Iterator[Check]:
     if (problem := _loads(host, "libibverbs.so.1")) is None:
-        yield Check("libibverbs", "ok", "loads; no fabric of this version uses it")
+        yield Check("libibverbs", "ok", "loads; fabric verbs uses it")
     else:
-        next_step = "apt-get install rdma-core, for RDMA NICs in later versions"
+        next_step = "apt-get install rdma-core; only fabric verbs needs it"
         yield Check("libibverbs", "missing", problem, next_step)
     if (problem := _loads(host, "libfabric.so.1")) is None:
         yield Check("libfabric", "ok", "loads; no fabric of this version uses it")
@@ -460,6 +471,36 @@ def _spin(host: Host) -> Iterator[Check]:
         yield Check("spin", "missing", "not found", next_step)
     else:
         yield Check("spin", "ok", path)
+
+
+# ---- RDMA ports ----
+
+
+def _ports() -> list[RdmaPort]:
+    """None as well when the extension is missing, which has a line of its own."""
+    try:
+        return rdma_ports()
+    except (WeightSyncError, ImportError, OSError):
+        return []
+
+
+def _port_table(ports: list[RdmaPort]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("RDMA port", "state", "link", "Gbit/s", "NUMA", "interface", "GID", "address"):
+        table.add_column(name, no_wrap=name != "address")
+    for port in ports:
+        chosen = next((gid for gid in port.gids if gid[0] == port.gid_index), None)
+        table.add_row(
+            port.name,
+            Text(port.state, _STYLE["ok" if port.is_active else "missing"]),
+            port.link_layer,
+            f"{port.gbit_per_s:g}" if port.gbit_per_s else "-",
+            str(port.numa_node) if port.numa_node >= 0 else "-",
+            port.interface or "-",
+            str(port.gid_index) if chosen else "none fits",
+            f"{chosen[1]} ({chosen[2]})" if chosen else "give its interface an IP address",
+        )
+    return table
 
 
 # ---- help ----

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ WAIT_S = 10.0
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
+    if (problem := found.problem()) is not None:
+        pytest.skip(f"{found.name}: {problem}")
     return found
 
 
@@ -35,6 +38,13 @@ def arrive(target: Target, slots: list[int]) -> None:
     """Wait for slots, and make what arrived readable."""
     target.wait(slots, WAIT_S)
     target.flush()
+
+
+def settle(is_so: Callable[[], bool]) -> None:
+    """Wait until the sink has seen what arrived; an operation that is done says nothing of that."""
+    end = time.monotonic() + WAIT_S
+    while not is_so() and time.monotonic() < end:
+        threading.Event().wait(0.001)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 3, 4095, 4096, 65537, (1 << 20) + 1, (5 << 20) + 3])
@@ -79,6 +89,7 @@ def test_a_slot_is_complete_with_its_last_chunk_in_any_order(link: Link) -> None
     order = np.random.default_rng(5).permutation(chunks).tolist()
     for chunk in order[:-1]:
         remote.post(rows((address_of(payload) + chunk * 16, chunk * 16, 16, chunk))).wait(WAIT_S)
+    settle(lambda: len(target.missing(0)) == 1)
     assert target.missing(0) == [order[-1]]
     assert not target.is_complete([0])
     assert target.poll() == []
@@ -128,6 +139,7 @@ def test_a_second_arrival_changes_nothing_and_is_counted(case: Case, link: Link)
     first = rows((address_of(payload), 0, 16, 0))
     for _ in range(3):
         remote.post(first).wait(WAIT_S)
+    settle(lambda: target.missing(0) == [1])
     assert target.missing(0) == [1]
     remote.post(rows((address_of(payload) + 16, 16, 16, 1))).wait(WAIT_S)
     arrive(target, [0])
@@ -204,6 +216,7 @@ def test_unknown_slots_and_chunks_are_counted_and_harm_nothing(case: Case, link:
     payload = link.source_array(random_bytes(64))
     unknown = [2 << 8, 0 << 8 | 2, 1 << 8 | 255, (1 << 31) - 1]
     remote.post(rows(*[(address_of(payload), 0, 8, imm) for imm in unknown])).wait(WAIT_S)
+    settle(lambda: target.counters()["protocol_errors"] >= 4)
     errors = target.counters()["protocol_errors"]
     assert errors >= 4 if case.has_duplicates else errors == 4
     assert target.counters()["arrivals"] == 0
@@ -289,6 +302,7 @@ def test_a_timeout_names_slots_and_chunks(link: Link) -> None:
     target, _, remote = link.connected(64, [5, 1, 3])
     payload = link.source_array(random_bytes(64))
     remote.post(rows((address_of(payload), 0, 8, 1), (address_of(payload), 0, 8, 1 << 8))).wait(5)
+    settle(lambda: target.is_complete([1]) and len(target.missing(0)) == 4)
     with pytest.raises(TransferTimeoutError, match=r"slot 0 lacks chunks 0, 2-4 \(4 of 5\)") as one:
         target.wait([0, 1, 2], 0.01)
     assert (one.value.slot, one.value.chunks, one.value.slots) == (0, [0, 2, 3, 4], [0, 2])

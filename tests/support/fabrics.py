@@ -15,6 +15,7 @@ from weightsync.transport.base import Engine, Lease, Memory, Remote, Target
 from weightsync.transport.fabrics import open_fabric
 from weightsync.transport.native import live_object_count, live_objects
 from weightsync.transport.sim import SimWire
+from weightsync.transport.verbs import rdma_ports, verbs_problem
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -113,6 +114,8 @@ class Case:
     # Promise F1 of docs/protocol.md: no copy of a write lands after its operation is done. The sim
     # breaks it on request; slots stand that, whatever uses memory again and again cannot.
     is_quiet_when_done: bool = True
+    # Why it cannot run on this machine, or None; asked when a test wants it.
+    problem: Callable[[], str | None] = lambda: None
 
 
 def _local(is_private: bool) -> Callable[[], Link]:
@@ -144,6 +147,18 @@ def _sim(**faults: Any) -> Callable[[], Link]:
     return make
 
 
+def _verbs(num_source: int, num_sink: int) -> Callable[[], Link]:
+    """Rails of their own on either side, as far as there are ports."""
+
+    def make() -> Link:
+        names = [port.name for port in rdma_ports() if port.is_active]
+        source = open_fabric("verbs", name="source", devices=names[:num_source])
+        sink = open_fabric("verbs", name="sink", devices=names[-num_sink:])
+        return Link(source, sink, is_private=True)
+
+    return make
+
+
 CASES: Final = (
     Case("local-push", _local(is_private=False)),
     Case("local-pull", _local(is_private=True)),
@@ -162,6 +177,8 @@ CASES: Final = (
         _sim(reorder=True, delay_s=0.01, rails=3, resend=0.3, late_s=0.01, invisible=0.3),
         has_duplicates=True,
     ),
+    Case("verbs", _verbs(1, 1), problem=verbs_problem),
+    Case("verbs-2-to-3", _verbs(2, 3), problem=verbs_problem),
 )
 # For what is built on F1: barriers, messages.
 QUIET_CASES: Final = tuple(case for case in CASES if case.is_quiet_when_done)

@@ -12,8 +12,8 @@ from weightsync.transport.base import Engine
 __all__ = ["FABRICS", "open_fabric", "open_for_job"]
 
 # Names of docs/interfaces.md; those that are not built yet are refused by name.
-FABRICS = ("local", "sim", "tcp")
-_PLANNED = ("verbs", "cuda_ipc", "ofi")
+FABRICS = ("local", "sim", "tcp", "verbs")
+_PLANNED = ("cuda_ipc", "ofi")
 
 
 def open_fabric(fabric: str, **options: Any) -> Engine:
@@ -21,7 +21,8 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
 
     Args:
         fabric: One of `FABRICS`.
-        options: Of that fabric: see `local.open_local`, `sim.open_sim` and `tcp.open_tcp`.
+        options: Of that fabric: see `local.open_local`, `sim.open_sim`, `tcp.open_tcp` and
+            `verbs.open_verbs`.
 
     Returns:
         An engine; close it, or use it as a context manager.
@@ -38,11 +39,13 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
     from weightsync.transport.local import open_local
     from weightsync.transport.sim import open_sim
     from weightsync.transport.tcp import open_tcp
+    from weightsync.transport.verbs import open_verbs
 
     openers: dict[str, Callable[..., Engine]] = {
         "local": open_local,
         "sim": open_sim,
         "tcp": open_tcp,
+        "verbs": open_verbs,
     }
     opener = openers[fabric]
     try:

@@ -110,6 +110,9 @@ class Board {
     // Wakes waiters when a word of bits becomes full.
     Mark mark(std::uint32_t immediate) noexcept;
     void account(const Tally& tally) noexcept;
+    // Some arrivals that were accounted for before they were marked were none: take them off, and
+    // count the duplicates and unknown ones of `found` instead.
+    void correct(std::uint64_t arrivals_too_many, const Tally& found) noexcept;
     // Wake every waiter, and the event loop when armed.
     void signal() noexcept;
 

@@ -22,8 +22,9 @@ class ByteWriter {
     template <class Value>
     ByteWriter& put(const Value& value) {
         static_assert(std::is_trivially_copyable_v<Value>);
-        const auto* bytes = reinterpret_cast<const std::byte*>(&value);
-        bytes_.insert(bytes_.end(), bytes, bytes + sizeof(Value));
+        const std::size_t at = bytes_.size();
+        bytes_.resize(at + sizeof(Value));
+        std::memcpy(bytes_.data() + at, &value, sizeof(Value));
         return *this;
     }
     ByteWriter& put_text(std::string_view text) {

@@ -23,12 +23,20 @@ struct LeaseState : Counted<Kind::kLease> {
     std::atomic<std::uint64_t> exports{0};  // by open targets
     bool is_released = false;               // guarded by the table's mutex
     std::shared_ptr<void> owner;            // what keeps the memory alive
+    std::shared_ptr<void> registration;     // of the fabric, if it wants one; dropped first
 };
 
 class LeaseTable {
   public:
     [[nodiscard]] std::shared_ptr<LeaseState> add(std::uint64_t address, std::uint64_t nbytes,
                                                   std::shared_ptr<void> owner);
+    // From here on every lease is registered with `registrar` before it can be read, and those that
+    // live are now; throws what it throws, and may be called again. Null: no more. Not by two
+    // threads at once.
+    using Registrar =
+        std::function<std::shared_ptr<void>(std::uint64_t address, std::uint64_t nbytes)>;
+    void set_registrar(Registrar registrar);
+
     // Ends the lease and drops its owner. Waits for operations in flight until the deadline, then
     // throws kTimeout and the lease lives on. Throws kConfig while an open target exports it.
     // `wait` is the fabric's, which may have to be driven.
@@ -62,6 +70,7 @@ class LeaseTable {
     std::unordered_map<LeaseState*, std::shared_ptr<LeaseState>> live_;
     std::vector<Entry> entries_;  // sorted by begin; rebuilt when stale
     bool is_stale_ = false;
+    Registrar registrar_;
     std::vector<std::shared_ptr<LeaseState>> abandoned_;
     WakeWord unpinned_;
 };

@@ -22,10 +22,11 @@ enum class Kind : std::uint8_t {
     kThread,
     kWire,
     kGroup,
+    kVerbs,  // an object of libibverbs
 };
-inline constexpr std::array<std::string_view, 12> kKindNames = {
-    "engine",  "block",   "lease", "target", "remote", "operation",
-    "session", "mapping", "fd",    "thread", "wire",   "group",
+inline constexpr std::array<std::string_view, 13> kKindNames = {
+    "engine",  "block",   "lease", "target", "remote", "operation", "session",
+    "mapping", "fd",      "thread", "wire",  "group",  "verbs",
 };
 
 namespace detail {

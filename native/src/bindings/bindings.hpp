@@ -18,6 +18,7 @@ void bind_errors(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_groups(pybind11::module_& m);
 void bind_sim(pybind11::module_& m);
+void bind_verbs(pybind11::module_& m);
 void bind_kernels(pybind11::module_& m);
 
 // The Python exception that an error stands for.

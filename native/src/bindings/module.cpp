@@ -6,5 +6,6 @@ PYBIND11_MODULE(_native, m) {
     weightsync::bind_engine(m);
     weightsync::bind_groups(m);
     weightsync::bind_sim(m);
+    weightsync::bind_verbs(m);
     weightsync::bind_kernels(m);
 }

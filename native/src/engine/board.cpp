@@ -138,6 +138,14 @@ void Board::account(const Tally& tally) noexcept {
     }
 }
 
+void Board::correct(std::uint64_t arrivals_too_many, const Tally& found) noexcept {
+    Tally others;
+    others.duplicates = found.duplicates;
+    others.unknown = found.unknown;
+    account(others);
+    header_->arrivals.fetch_sub(arrivals_too_many, std::memory_order_relaxed);
+}
+
 void Board::signal() noexcept {
     if (wake(header_->wake)) {
         header_->wakeups.fetch_add(1, std::memory_order_relaxed);

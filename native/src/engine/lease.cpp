@@ -17,15 +17,45 @@ std::shared_ptr<LeaseState> LeaseTable::add(std::uint64_t address, std::uint64_t
     lease->address = address;
     lease->nbytes = nbytes;
     lease->owner = std::move(owner);
+    Registrar registrar;
+    {
+        const std::lock_guard lock(mutex_);
+        registrar = registrar_;
+    }
+    if (registrar) {
+        lease->registration = registrar(address, nbytes);  // takes a while: without the lock
+    }
     const std::lock_guard lock(mutex_);
     live_.emplace(lease.get(), lease);
     is_stale_ = true;
     return lease;
 }
 
+void LeaseTable::set_registrar(Registrar registrar) {
+    std::vector<std::shared_ptr<LeaseState>> leases;
+    {
+        const std::lock_guard lock(mutex_);
+        registrar_ = registrar;
+        for (const auto& [state, lease] : live_) {
+            leases.push_back(lease);
+        }
+    }
+    if (!registrar) {
+        return;
+    }
+    for (const auto& lease : leases) {
+        std::shared_ptr<void> registration = registrar(lease->address, lease->nbytes);
+        const std::lock_guard lock(mutex_);
+        if (!lease->is_released && !lease->registration) {
+            lease->registration = std::move(registration);
+        }
+    }
+}
+
 void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadline& deadline,
                          const Wait& wait) {
     std::shared_ptr<void> owner;  // dropped last, with no lock held
+    std::shared_ptr<void> registration;
     {
         const std::lock_guard lock(mutex_);
         if (lease->is_released) {
@@ -62,10 +92,12 @@ void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadlin
                     {{"address", static_cast<std::int64_t>(lease->address)}});
     }
     owner = std::move(lease->owner);
+    registration = std::move(lease->registration);
 }
 
 void LeaseTable::abandon(const std::shared_ptr<LeaseState>& lease) noexcept {
     std::shared_ptr<void> owner;
+    std::shared_ptr<void> registration;
     const std::lock_guard lock(mutex_);
     if (lease->is_released) {
         return;
@@ -77,6 +109,7 @@ void LeaseTable::abandon(const std::shared_ptr<LeaseState>& lease) noexcept {
         abandoned_.push_back(lease);
     } else {
         owner = std::move(lease->owner);
+        registration = std::move(lease->registration);
     }
 }
 
