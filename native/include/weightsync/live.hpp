@@ -21,10 +21,11 @@ enum class Kind : std::uint8_t {
     kFd,
     kThread,
     kWire,
+    kFid,  // an object of libfabric
 };
-inline constexpr std::array<std::string_view, 11> kKindNames = {
+inline constexpr std::array<std::string_view, 12> kKindNames = {
     "engine",  "block",   "lease", "target", "remote", "operation",
-    "session", "mapping", "fd",    "thread", "wire",
+    "session", "mapping", "fd",    "thread", "wire",   "fid",
 };
 
 namespace detail {
