@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ __all__ = [
     "Link",
     "address_of",
     "no_leaks",
+    "ofi_problem",
     "random_bytes",
     "rows",
 ]
@@ -108,6 +110,8 @@ class Case:
     name: str
     open: Callable[[], Link]
     has_duplicates: bool = False  # the fabric itself delivers twice
+    takes_leases: bool = True  # a target may export memory that the engine did not allocate
+    problem: Callable[[], str | None] = lambda: None  # why it cannot be opened here
 
 
 def _local(is_private: bool) -> Callable[[], Link]:
@@ -127,9 +131,31 @@ def _sim(**faults: Any) -> Callable[[], Link]:
     return make
 
 
+def _ofi(provider: str, is_private: bool, **options: Any) -> Callable[[], Link]:
+    def make() -> Link:
+        source = open_fabric(f"ofi:{provider}", name="source", **options)
+        sink = open_fabric(f"ofi:{provider}", name="sink", **options)
+        return Link(source, sink, is_private)
+
+    return make
+
+
+def ofi_problem() -> str | None:
+    """Why there is no libfabric here."""
+    try:
+        ctypes.CDLL("libfabric.so.1")
+    except OSError as error:
+        return f"libfabric is missing (apt-get install libfabric1): {error}"
+    return None
+
+
 CASES: Final = (
     Case("local-push", _local(is_private=False)),
     Case("local-pull", _local(is_private=True)),
+    Case("ofi:tcp", _ofi("tcp", is_private=True, register_sources=True), problem=ofi_problem),
+    Case(
+        "ofi:shm", _ofi("shm", is_private=False), takes_leases=False, problem=ofi_problem
+    ),
     Case("sim", _sim()),
     Case(
         "sim-adverse",

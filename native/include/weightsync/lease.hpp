@@ -23,6 +23,9 @@ struct LeaseState : Counted<Kind::kLease> {
     std::atomic<std::uint64_t> exports{0};  // by open targets
     bool is_released = false;               // guarded by the table's mutex
     std::shared_ptr<void> owner;            // what keeps the memory alive
+    // What a fabric keeps with it (registrations); dropped with the lease, before the owner.
+    std::mutex attachment_mutex;
+    std::shared_ptr<void> attachment;
 };
 
 class LeaseTable {

@@ -60,6 +60,8 @@ class Operation : Counted<Kind::kOperation> {
     ~Operation();
 
     [[nodiscard]] std::span<const Write> rows() const noexcept { return rows_; }
+    // Leases of the sources; until it is finished.
+    [[nodiscard]] std::span<LeaseState* const> pins() const noexcept { return pins_; }
     [[nodiscard]] const RemoteInfo& remote() const noexcept { return *remote_; }
     [[nodiscard]] std::uint64_t nbytes() const noexcept { return nbytes_; }
 

@@ -26,6 +26,7 @@ std::shared_ptr<LeaseState> LeaseTable::add(std::uint64_t address, std::uint64_t
 void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadline& deadline,
                          const Wait& wait) {
     std::shared_ptr<void> owner;  // dropped last, with no lock held
+    std::shared_ptr<void> attachment;
     {
         const std::lock_guard lock(mutex_);
         if (lease->is_released) {
@@ -62,10 +63,12 @@ void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadlin
                     {{"address", static_cast<std::int64_t>(lease->address)}});
     }
     owner = std::move(lease->owner);
+    attachment = std::move(lease->attachment);
 }
 
 void LeaseTable::abandon(const std::shared_ptr<LeaseState>& lease) noexcept {
     std::shared_ptr<void> owner;
+    std::shared_ptr<void> attachment;
     const std::lock_guard lock(mutex_);
     if (lease->is_released) {
         return;
@@ -77,6 +80,7 @@ void LeaseTable::abandon(const std::shared_ptr<LeaseState>& lease) noexcept {
         abandoned_.push_back(lease);
     } else {
         owner = std::move(lease->owner);
+        attachment = std::move(lease->attachment);
     }
 }
 

@@ -32,7 +32,6 @@ enum class FrameType : std::uint8_t {
     kRanges = 3,  // sink: for each range RangeFrame and a RegionFrame for each rail
     kFenced = 4,  // sink: nothing lands any more
     kClosed = 5,  // sink
-    kSource = 6,  // source, first: SourceFrame
 };
 
 struct TargetFrame {
@@ -54,10 +53,6 @@ struct RailFrame {
 struct RangeFrame {
     std::uint64_t arena_offset = 0;
     std::uint64_t nbytes = 0;
-};
-struct SourceFrame {
-    std::uint32_t pid = 0;
-    std::uint32_t reserved = 0;
 };
 
 // What the source knows of the sink after connecting.
