@@ -100,7 +100,7 @@ def transfer(
     tensors: Annotated[
         int, typer.Option(help="Cut into so many; sizes are mixed above a mean of 1 MiB.")
     ] = 200,
-    fabric: Annotated[str, typer.Option(help="local.")] = "local",
+    fabric: Annotated[str, typer.Option(help="local or tcp.")] = "local",
     memory: Annotated[
         str, typer.Option(help="Of the sink: shared (sources write) or private (it reads).")
     ] = "shared",

@@ -29,7 +29,7 @@ from weightsync.service.session import fetch_status
 from weightsync.service.sink import SinkHooks, SinkMember
 from weightsync.service.source import OpenVersion, SourceMember
 from weightsync.settings import Settings
-from weightsync.transport.fabrics import open_fabric
+from weightsync.transport.fabrics import open_for_job
 
 if TYPE_CHECKING:
     import torch
@@ -181,7 +181,9 @@ class Source:
             against what `weights` holds.
         staging_bytes: Budget of packed and cast bytes in flight; None takes two buckets.
         timeout_s: Deadline of one version.
-        fabric: `local` (one host).
+        fabric: `local` (one host) or `tcp` (any hosts); sources and sinks use the same.
+        fabric_options: Of that fabric, as `transport.open_fabric` takes them: for `tcp`
+            {"addresses": ["10.0.0.5"]}, one address for each rail; without it loopback only.
         threads: Threads of copy and digest kernels.
 
     Raises:
@@ -203,6 +205,7 @@ class Source:
         staging_bytes: int | None = None,
         timeout_s: float = 120.0,
         fabric: str = "local",
+        fabric_options: Mapping[str, Any] | None = None,
         threads: int = 1,
     ) -> None:
         from weightsync.live.weights import SourceWeights
@@ -217,7 +220,7 @@ class Source:
         self._timeout_s = settings.timeout_s
         held = SourceWeights(weights, layout=layout, rank=self.rank, dtype=dtype)
         self._weights = held
-        self._fabric = open_fabric(fabric, threads=threads)
+        self._fabric = open_for_job(fabric, threads=threads, options=fabric_options)
         self._member = SourceMember(
             settings.require_job_url(),
             manifest=held.manifest.to_bytes(),
@@ -310,7 +313,9 @@ class Sink:
             failure after the first byte leaves the replica TORN until the next version.
         hooks: For in place without a waiting `refit`.
         timeout_s: Default deadline of `refit`.
-        fabric: `local` (one host).
+        fabric: `local` (one host) or `tcp` (any hosts); sources and sinks use the same.
+        fabric_options: Of that fabric, as `transport.open_fabric` takes them: for `tcp`
+            {"addresses": ["10.0.0.5"]}, one address for each rail; without it loopback only.
         threads: Threads of copy and digest kernels.
 
     Raises:
@@ -332,6 +337,7 @@ class Sink:
         hooks: SinkHooks | None = None,
         timeout_s: float = 120.0,
         fabric: str = "local",
+        fabric_options: Mapping[str, Any] | None = None,
         threads: int = 1,
     ) -> None:
         from weightsync.live.weights import sink_tensors
@@ -344,7 +350,7 @@ class Sink:
         self._timeout_s = settings.timeout_s
         manifest = layout.manifest(rank)
         tensors = sink_tensors(weights, manifest, label=f"sink {replica}/{rank}")
-        self._fabric = open_fabric(fabric, threads=threads)
+        self._fabric = open_for_job(fabric, threads=threads, options=fabric_options)
         live = np.array([t.data_ptr() for t in tensors], np.int64)
         receiver = Receiver(self._fabric, live=live, live_owner=tensors, mode=mode, threads=threads)
         self._member = SinkMember(

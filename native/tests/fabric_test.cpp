@@ -28,10 +28,19 @@ std::shared_ptr<Engine> open_sim(const std::shared_ptr<SimWire>& wire, const cha
     return Engine::open(name, [wire](EngineContext& context) { return wire->attach(context); });
 }
 
+std::shared_ptr<Engine> open_tcp(const char* name, std::vector<std::string> addresses = {}) {
+    return Engine::open(name, [&](EngineContext& context) {
+        return make_tcp_fabric(context, {.addresses = std::move(addresses)});
+    });
+}
+
 std::vector<Pair> all_pairs() {
     const auto wire = SimWire::make(3, true);
     wire->set_faults("", {.reorder = true, .delay_s = 1e-3, .duplicate = 0.2, .late_s = 1e-3});
-    return {{open_local("source"), open_local("sink"), false},
+    return {{open_tcp("source"), open_tcp("sink"), true},
+            {open_tcp("source", {"127.0.0.1", "127.0.0.2"}),
+             open_tcp("sink", {"127.0.0.1", "127.0.0.2", "127.0.0.3"}), false},
+            {open_local("source"), open_local("sink"), false},
             {open_local("source"), open_local("sink"), true},
             {open_sim(wire, "source"), open_sim(wire, "sink"), true}};
 }
@@ -164,8 +173,11 @@ TEST(engines_close_under_load) {
         const auto lease = pair.source->add_lease(address_of(payload), payload.size(), nullptr);
         const auto remote = pair.source->connect(target->descriptor(), Deadline::after(30));
         std::vector<std::shared_ptr<Operation>> operations;
-        const std::vector<Write> rows{{address_of(payload), 0, payload.size(), 0}};
-        for (int i = 0; i < 8; ++i) {
+        // Each its own part: writes of one place may land on two rails at once.
+        std::vector<Write> rows;
+        const std::uint64_t part = payload.size() / 8;
+        for (std::uint64_t i = 0; i < 8; ++i) {
+            rows = {{address_of(payload) + i * part, i * part, part, 0}};
             operations.push_back(remote->post(rows));
         }
         pair.source->close();

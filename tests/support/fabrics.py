@@ -120,6 +120,18 @@ def _local(is_private: bool) -> Callable[[], Link]:
     )
 
 
+def _tcp(source: Sequence[str], sink: Sequence[str], *, is_private: bool) -> Callable[[], Link]:
+    return lambda: Link(
+        open_fabric("tcp", name="source", addresses=source),
+        open_fabric("tcp", name="sink", addresses=sink),
+        is_private,
+    )
+
+
+# Every address of 127.0.0.0/8 is this host's: each is as good as a NIC of its own.
+RAILS: Final = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+
+
 def _sim(**faults: Any) -> Callable[[], Link]:
     def make() -> Link:
         wire = SimWire(7)
@@ -156,6 +168,9 @@ CASES: Final = (
     Case(
         "ofi:shm", _ofi("shm", is_private=False), takes_leases=False, problem=ofi_problem
     ),
+    Case("tcp", _tcp(RAILS[:1], RAILS[:1], is_private=True)),
+    Case("tcp-3-rails", _tcp(RAILS, RAILS, is_private=False)),
+    Case("tcp-2-to-3-rails", _tcp(RAILS[:2], RAILS, is_private=True)),
     Case("sim", _sim()),
     Case(
         "sim-adverse",

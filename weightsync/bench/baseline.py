@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -14,15 +15,16 @@ import numpy.typing as npt
 
 from weightsync.encodings import kernels
 from weightsync.encodings.rows import pack_rows
-from weightsync.errors import MemoryRegistrationError
+from weightsync.errors import MemoryRegistrationError, PeerLostError
 from weightsync.ir.dtypes import Dtype
 from weightsync.units import MIB
 
-__all__ = ["Memcpy", "ProcessRead"]
+__all__ = ["Memcpy", "ProcessRead", "SocketReceiver", "SocketSender"]
 
 Int64 = npt.NDArray[np.int64]
 
 _IOV_MAX: Final = 1024  # of one system call
+_STREAMS: Final = 2  # as `weightsync.transport.tcp.open_tcp` has them
 _PIECE_BYTES: Final = 16 * MIB  # threads share out pieces of this size
 
 
@@ -139,6 +141,134 @@ class ProcessRead:
                     f"process_vm_readv of process {self._pid}: {why}; run `weightsync doctor` to "
                     "see what this host allows"
                 )
+
+
+class _Streams:
+    """A few connections over loopback, each with a thread and its share of the calls."""
+
+    def __init__(
+        self, sockets: Sequence[socket.socket], addresses: Sequence[int], sizes: Sequence[int]
+    ) -> None:
+        self.name = f"sockets, {len(sockets)} streams"
+        self._sockets = sockets
+        # Equal shares: piece by piece in turn, as both sides cut them the same way.
+        calls = _buffers(addresses, sizes)
+        self._shares = [calls[i :: len(sockets)] for i in range(len(sockets))]
+
+    def _run(self, move: Callable[[socket.socket, list[memoryview]], int]) -> tuple[float, float]:
+        """Move everything; when it began and when it ended, of the monotonic clock."""
+        failures: list[Exception] = []
+
+        def work(stream: socket.socket, share: list[list[memoryview]]) -> None:
+            try:
+                for buffers in share:
+                    _move_all(move, stream, buffers)
+            except OSError as error:
+                failures.append(error)
+
+        threads = [
+            threading.Thread(target=work, args=pair, daemon=True)
+            for pair in zip(self._sockets, self._shares, strict=True)
+        ]
+        start = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise PeerLostError(f"plain sockets over loopback: {failures[0]}")
+        return start, time.monotonic()
+
+    def close(self) -> None:
+        """Hang up."""
+        for stream in self._sockets:
+            stream.close()
+
+
+class SocketSender(_Streams):
+    """Sends tensors over as many plain connections as the tcp fabric uses.
+
+    Args:
+        port: Of a `SocketReceiver` on this host.
+        addresses: Where the tensors are.
+        sizes: Bytes of each.
+    """
+
+    def __init__(self, port: int, addresses: Sequence[int], sizes: Sequence[int]) -> None:
+        streams = [socket.create_connection(("127.0.0.1", port)) for _ in range(_STREAMS)]
+        for number, stream in enumerate(streams):
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream.sendall(bytes([number]))
+        super().__init__(streams, addresses, sizes)
+
+    def run(self) -> float:
+        """Send everything; when it began, of the monotonic clock."""
+        return self._run(lambda stream, buffers: stream.sendmsg(buffers))[0]
+
+
+class SocketReceiver:
+    """The other end: receives straight into place.
+
+    Args:
+        addresses: Where the tensors go, every page present.
+        sizes: Bytes of each.
+    """
+
+    name = ""
+
+    def __init__(self, addresses: Sequence[int], sizes: Sequence[int]) -> None:
+        self._place = (addresses, sizes)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._streams: _Streams | None = None
+
+    def run(self) -> float:
+        """Receive everything; when it ended, of the monotonic clock. The first call accepts."""
+        if self._streams is None:
+            found = [self._listener.accept()[0] for _ in range(_STREAMS)]
+            by_number = {stream.recv(1)[0]: stream for stream in found}
+            self._streams = _Streams([by_number[i] for i in range(_STREAMS)], *self._place)
+            self.name = self._streams.name
+        return self._streams._run(
+            lambda stream, buffers: stream.recvmsg_into(buffers, 0, socket.MSG_WAITALL)[0]
+        )[1]
+
+    def close(self) -> None:
+        """Hang up."""
+        self._listener.close()
+        if self._streams is not None:
+            self._streams.close()
+
+
+def _move_all(
+    move: Callable[[socket.socket, list[memoryview]], int],
+    stream: socket.socket,
+    buffers: list[memoryview],
+) -> None:
+    """One call, and more where the system stopped short."""
+    left = sum(len(buffer) for buffer in buffers) - move(stream, buffers)
+    while left:
+        done = sum(len(buffer) for buffer in buffers) - left
+        rest = []
+        for buffer in buffers:
+            rest.append(buffer[min(done, len(buffer)) :])
+            done -= min(done, len(buffer))
+        buffers = [buffer for buffer in rest if len(buffer)]
+        moved = move(stream, buffers)
+        if moved == 0:
+            raise ConnectionError("the other side hung up")
+        left -= moved
+
+
+def _buffers(addresses: Sequence[int], sizes: Sequence[int]) -> list[list[memoryview]]:
+    """The memory of many tensors as buffers of system calls."""
+    views = []
+    for here, _, count, _ in _calls(addresses, addresses, sizes):
+        pairs = np.frombuffer(here, np.uint64).reshape(count, 2).tolist()
+        views.append(
+            [memoryview((ctypes.c_ubyte * size).from_address(at)).cast("B") for at, size in pairs]
+        )
+    return views
 
 
 def _calls(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from weightsync import Sink
-from weightsync.bench.baseline import ProcessRead
+from weightsync.bench.baseline import ProcessRead, SocketReceiver
 from weightsync.bench.content import (
     Expected,
     FlatLayout,
@@ -24,6 +24,7 @@ from weightsync.bench.content import (
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import ConfigError
 from weightsync.transport import Engine, Lease, Memory, Target, open_fabric
+from weightsync.transport.fabrics import open_for_job
 
 __all__ = ["run"]
 
@@ -58,6 +59,8 @@ class _Sink:
         self._target: Target | None = None
         self._slots = np.zeros(0, np.int32)
         self._baseline: ProcessRead | None = None
+        self._receiver: SocketReceiver | None = None
+        self._plain_memory: Memory | None = None
         self._sink: Sink | None = None
 
     def do(self, what: str, command: Message) -> Message:
@@ -71,6 +74,7 @@ class _Sink:
             "join": self.join,
             "receive": self.receive,
             "refit": self.refit,
+            "sockets": self.sockets,
         }
         if what not in actions:
             raise ConfigError(f"no command {what!r}")
@@ -80,7 +84,7 @@ class _Sink:
 
     def export(self) -> Message:
         """Open memory for the source: one chunk for each tensor."""
-        self._engine = engine = open_fabric(self.fabric, threads=self.threads)
+        self._engine = engine = open_for_job(self.fabric, threads=self.threads)
         offsets = arena_offsets(self.sizes)
         ranges: list[tuple[int, Lease | Memory, int, int]]
         if self.is_shared:
@@ -175,6 +179,20 @@ class _Sink:
             self._baseline = ProcessRead(pid, addresses, targets, self.sizes, self.threads)
         return {"seconds": self._baseline.run(), "name": self._baseline.name}
 
+    def sockets(self) -> Message:
+        """Receive the tensors over plain sockets, into memory of the kind that a target has."""
+        if self._receiver is None:
+            targets = [tensor.data_ptr() for tensor in self.tensors]
+            if self.is_shared:
+                engine = open_fabric(self.fabric)
+                self._plain_memory = memory = engine.allocate(arena_offsets(self.sizes)[-1])
+                engine.close()
+                targets = [memory.address + at for at in arena_offsets(self.sizes)[:-1]]
+            self._receiver = SocketReceiver(targets, self.sizes)
+        receiver = self._receiver
+        self.channel.send(event="listening", port=receiver.port)
+        return {"end": receiver.run(), "name": receiver.name}
+
     def check(self, key: int) -> Message:
         """Compare whole tensors with what they must hold."""
         return {"problem": self.expected.difference(self.views, key)}
@@ -188,3 +206,5 @@ class _Sink:
         if self._sink is not None:
             self._sink.close()
         self.unexport()
+        if self._receiver is not None:
+            self._receiver.close()

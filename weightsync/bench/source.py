@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from weightsync import Source
-from weightsync.bench.baseline import Memcpy
+from weightsync.bench.baseline import Memcpy, SocketSender
 from weightsync.bench.content import allocate, arena_offsets, change, tensor_name, tensor_sizes
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import ConfigError
 from weightsync.transport import Engine, Lease, Memory, Remote, open_fabric
+from weightsync.transport.fabrics import open_for_job
 
 __all__ = ["run"]
 
@@ -45,6 +46,7 @@ class _Source:
         self._writes = np.zeros((0, 4), np.int64)
         self._memory: Memory | None = None
         self._baseline: Memcpy | None = None
+        self._sender: SocketSender | None = None
         self._source: Source | None = None
 
     def do(self, what: str, command: Message) -> Message:
@@ -56,6 +58,7 @@ class _Source:
             "disconnect": self.disconnect,
             "join": self.join,
             "publish": self.publish,
+            "sockets": self.sockets,
             "transfer": self.transfer,
         }
         if what not in actions:
@@ -66,7 +69,7 @@ class _Source:
 
     def connect(self, descriptor: str, immediates: list[int]) -> Message:
         """Reach the sink's memory; tensor i carries immediates[i]."""
-        self._engine = open_fabric(self.fabric, threads=self.threads)
+        self._engine = open_for_job(self.fabric, threads=self.threads)
         self._leases = [
             self._engine.register(tensor.data_ptr(), tensor.nbytes, tensor)
             for tensor in self.tensors
@@ -141,8 +144,16 @@ class _Source:
             self._baseline = Memcpy(self.addresses, targets, self.sizes)
         return {"seconds": self._baseline.run(), "name": self._baseline.name}
 
+    def sockets(self, port: int) -> Message:
+        """Send the tensors over plain sockets."""
+        if self._sender is None:
+            self._sender = SocketSender(port, self.addresses, self.sizes)
+        return {"start": self._sender.run()}
+
     def close(self) -> None:
         """Leave the job, close the engine."""
         if self._source is not None:
             self._source.close()
         self.disconnect()
+        if self._sender is not None:
+            self._sender.close()

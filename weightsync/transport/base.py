@@ -363,6 +363,16 @@ class Engine(Protocol):
         """Sums over all targets and remotes since the engine was opened."""
         ...
 
+    def rails(self) -> list[dict[str, Any]]:
+        """One entry per rail (NIC and its path), none for fabrics that use no NIC.
+
+        `name`, `address`; `state`: of the worst connection that this engine opened over it: idle
+        (there is none), active, probing, quarantined or fencing; `bytes_out` and `bytes_in`:
+        payload since the engine was opened, re-sent bytes included; `outstanding`: bytes that were
+        sent and not yet answered.
+        """
+        ...
+
     def arm(self, on: bool) -> None:
         """Ask for `progress_fd` to be written; a system call per progress, none while off."""
         ...

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine
 
-__all__ = ["FABRICS", "open_fabric"]
+__all__ = ["FABRICS", "open_fabric", "open_for_job"]
 
 # Names of docs/interfaces.md; those that are not built yet are refused by name.
-FABRICS = ("local", "sim", "ofi:PROVIDER")
-_PLANNED = ("tcp", "verbs", "cuda_ipc")
+FABRICS = ("local", "sim", "tcp", "ofi:PROVIDER")
+_PLANNED = ("verbs", "cuda_ipc")
 
 
 def open_fabric(fabric: str, **options: Any) -> Engine:
     """Open an engine.
 
     Args:
-        fabric: One of `FABRICS`; `ofi:PROVIDER` names a provider of libfabric, as `ofi:tcp`.
-        options: Of that fabric: see `local.open_local`, `ofi.open_ofi` and `sim.open_sim`.
+        fabric: One of `FABRICS`; `ofi:PROVIDER` names a provider of libfabric, as `ofi:shm`.
+        options: Of that fabric: see `local.open_local`, `ofi.open_ofi`, `sim.open_sim` and
+            `tcp.open_tcp`.
 
     Returns:
         An engine; close it, or use it as a context manager.
@@ -32,7 +33,7 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
         NativeUnavailableError: The extension is not built.
     """
     kind, _, provider = fabric.partition(":")
-    if fabric not in ("local", "sim") and not (kind == "ofi" and provider):
+    if fabric not in ("local", "sim", "tcp") and not (kind == "ofi" and provider):
         if kind in _PLANNED:
             raise ConfigError(f"fabric {fabric!r} is not built yet; there are {FABRICS}")
         raise ConfigError(f"unknown fabric {fabric!r}; there are {FABRICS}")
@@ -40,10 +41,12 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
     from weightsync.transport.local import open_local
     from weightsync.transport.ofi import open_ofi
     from weightsync.transport.sim import open_sim
+    from weightsync.transport.tcp import open_tcp
 
     openers: dict[str, Callable[..., Engine]] = {
         "local": open_local,
         "sim": open_sim,
+        "tcp": open_tcp,
         "ofi": partial(open_ofi, provider),
     }
     opener = openers[kind]
@@ -52,3 +55,21 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
     except TypeError as error:
         raise ConfigError(f"fabric {fabric!r}: {error}") from error
     return opener(**options)
+
+
+def open_for_job(fabric: str, *, threads: int, options: Mapping[str, Any] | None = None) -> Engine:
+    """Open the engine of a source or sink.
+
+    Args:
+        fabric: As of `open_fabric`.
+        threads: Threads that one member may use for copies; fabrics that copy obey.
+        options: Further options of that fabric, such as `addresses`.
+
+    Raises:
+        ConfigError: Unknown fabric or option.
+        NativeUnavailableError: The extension is not built.
+    """
+    found = {**(options or {})}
+    if fabric == "local":
+        found = {"threads": threads, **found}
+    return open_fabric(fabric, **found)

@@ -148,6 +148,7 @@ class Engine : public std::enable_shared_from_this<Engine>, Counted<Kind::kEngin
                                                   const Deadline& deadline);
     // Sums over the engine and all targets it ever had, in the order of kCountNames.
     [[nodiscard]] std::vector<std::uint64_t> counters();
+    [[nodiscard]] std::vector<RailInfo> rails() { return fabric_->rails(); }
 
     // For event loops: the eventfd is written on progress while armed.
     [[nodiscard]] int progress_fd() const noexcept { return context_.progress.event.get(); }

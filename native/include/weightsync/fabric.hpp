@@ -13,6 +13,7 @@
 #include <weightsync/board.hpp>
 #include <weightsync/memory.hpp>
 #include <weightsync/operation.hpp>
+#include <weightsync/rails.hpp>
 #include <weightsync/ranges.hpp>
 
 namespace weightsync {
@@ -80,6 +81,8 @@ class Fabric {
     // A fabric without threads of its own moves only inside waits and drive(); true when it did.
     [[nodiscard]] virtual bool is_driven() const noexcept { return false; }
     virtual bool drive() { return false; }
+    // What goes over each NIC; empty for a fabric that uses none.
+    [[nodiscard]] virtual std::vector<RailInfo> rails() { return {}; }
     // Ends all threads. Called once, after all ports are closed.
     virtual void stop() noexcept = 0;
 };

@@ -31,4 +31,13 @@ struct OfiOptions {
 [[nodiscard]] std::unique_ptr<Fabric> make_ofi_fabric(EngineContext& context,
                                                       const OfiOptions& options);
 
+struct TcpOptions {
+    // Numeric IP addresses of this host, one per rail; none: 127.0.0.1.
+    std::vector<std::string> addresses;
+    int num_streams = 2;  // connections of each path
+};
+// Hosts without RDMA. Connections are authenticated by a key that travels in the descriptor.
+[[nodiscard]] std::unique_ptr<Fabric> make_tcp_fabric(EngineContext& context,
+                                                      const TcpOptions& options);
+
 }  // namespace weightsync

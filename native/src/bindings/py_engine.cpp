@@ -298,6 +298,21 @@ void bind_engine(py::module_& m) {
             },
             py::arg("descriptor"), py::arg("timeout_s") = 30.0)
         .def("counters", [](Engine& engine) { return to_dict(engine.counters()); })
+        .def("rails",
+             [](Engine& engine) {
+                 py::list result;
+                 for (const RailInfo& rail : engine.rails()) {
+                     py::dict info;
+                     info["name"] = rail.name;
+                     info["address"] = rail.address;
+                     info["state"] = rail.state;
+                     info["bytes_out"] = rail.bytes_out;
+                     info["bytes_in"] = rail.bytes_in;
+                     info["outstanding"] = rail.outstanding;
+                     result.append(std::move(info));
+                 }
+                 return result;
+             })
         .def("arm", &Engine::arm, py::arg("on"))
         .def("drain_progress", &Engine::drain_progress)
         .def("drive", &Engine::drive, Unlocked())
@@ -328,6 +343,16 @@ void bind_engine(py::module_& m) {
         },
         py::arg("name"), py::arg("provider"), py::arg("addresses"), py::arg("domains"),
         py::arg("trusted_network"), py::arg("register_sources"), Unlocked());
+    m.def(
+        "open_tcp",
+        [](std::string name, std::vector<std::string> addresses, int num_streams) {
+            return Engine::open(
+                std::move(name),
+                [options = TcpOptions{std::move(addresses), num_streams}](EngineContext& context) {
+                    return make_tcp_fabric(context, options);
+                });
+        },
+        py::arg("name"), py::arg("addresses"), py::arg("num_streams"), Unlocked());
     m.def("live_object_count", &live_object_count);
     m.def("live_objects", [] {
         py::dict result;

@@ -80,6 +80,20 @@ void Reactor::unwatch(std::uint64_t id) noexcept {
     lock.unlock();
 }
 
+void Reactor::quiesce() noexcept {
+    if (::getpid() != owner_pid_) {
+        return;
+    }
+    std::unique_lock lock(mutex_);
+    if (std::this_thread::get_id() == thread_id_) {
+        return;
+    }
+    const std::uint64_t seen = num_runs_;
+    ++num_waiting_;
+    handler_left_.wait(lock, [&] { return running_ == 0 || num_runs_ != seen; });
+    --num_waiting_;
+}
+
 void Reactor::stop() noexcept {
     if (::getpid() != owner_pid_) {
         return;
@@ -106,6 +120,7 @@ bool Reactor::run(std::uint64_t id, std::uint32_t events) {
         }
         handler = found->second.handler;
         running_ = id;
+        ++num_runs_;
     }
     bool is_wanted_again = false;
     try {

@@ -32,6 +32,9 @@ class Reactor {
     // After it returns the handler does not run, unless it is the one that calls. Before the
     // descriptor is closed. Never with a lock that the handler takes.
     void unwatch(std::uint64_t id) noexcept;
+    // After it returns every handler that ran when it was called has returned: also those that
+    // have taken themselves out. From a handler: does nothing.
+    void quiesce() noexcept;
     // Joins the thread; not from a handler.
     void stop() noexcept;
 
@@ -54,6 +57,7 @@ class Reactor {
     std::unordered_map<std::uint64_t, Watched> watched_;
     std::uint64_t next_id_ = 1;  // 0 is the stop event
     std::uint64_t running_ = 0;
+    std::uint64_t num_runs_ = 0;
     int num_waiting_ = 0;
     bool is_stopping_ = false;
     std::thread thread_;

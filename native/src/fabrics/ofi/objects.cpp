@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <set>
+#include <string_view>
 
 #include <weightsync/os.hpp>
 
@@ -28,6 +30,28 @@ void check(Scope scope, std::string_view call, long result, std::string_view adv
     if (result < 0) {
         throw call_error(scope, call, result, advice);
     }
+}
+
+// Names of the open endpoints of this process.
+struct OpenNames {
+    std::mutex mutex;
+    std::set<std::vector<std::byte>> names;
+};
+OpenNames& open_names() {
+    static OpenNames names;
+    return names;
+}
+
+// The shm provider uses the very mapping of an endpoint that it finds by name in its own process,
+// also after that was closed. Another spelling of the same file gets a mapping of its own.
+std::vector<std::byte> respell(std::span<const std::byte> name) {
+    constexpr std::string_view kPrefix = "fi_shm://";
+    std::vector<std::byte> spelled(name.begin(), name.end());
+    const auto* text = reinterpret_cast<const char*>(name.data());
+    if (std::string_view(text, name.size()).starts_with(kPrefix)) {
+        spelled.insert(spelled.begin() + kPrefix.size(), std::byte{'/'});
+    }
+    return spelled;
 }
 
 std::string address_text(const fi_info& info) {
@@ -137,6 +161,15 @@ Endpoint::Endpoint(std::shared_ptr<Domain> domain, std::size_t num_entries)
     check(Scope::kRail, "fi_getname(" + label + ")",
           endpoint_->cm->getname(&self, name_.data(), &nbytes));
     name_.resize(nbytes);
+    OpenNames& open = open_names();
+    const std::lock_guard lock(open.mutex);
+    open.names.insert(name_);
+}
+
+bool Endpoint::is_open_here(std::span<const std::byte> name) {
+    OpenNames& open = open_names();
+    const std::lock_guard lock(open.mutex);
+    return open.names.contains({name.begin(), name.end()});
 }
 
 Fid<fid_cq> Endpoint::open_queue(std::size_t num_entries) {
@@ -186,8 +219,9 @@ void Endpoint::set_options() const {
 
 fi_addr_t Endpoint::insert(std::span<const std::byte> name) const {
     fi_addr_t address = 0;
+    const std::vector<std::byte> spelled = respell(name);
     const int result =
-        addresses_->ops->insert(addresses_.get(), name.data(), 1, &address, 0, nullptr);
+        addresses_->ops->insert(addresses_.get(), spelled.data(), 1, &address, 0, nullptr);
     if (result != 1) {
         throw call_error(Scope::kPeer, "fi_av_insert(" + domain_->label() + ")",
                          result < 0 ? result : -EINVAL, "can the peer be reached on this rail?");
@@ -222,7 +256,12 @@ bool Endpoint::may_sleep() const noexcept {
 }
 
 void Endpoint::close() noexcept {
-    endpoint_.reset();
+    if (endpoint_) {
+        endpoint_.reset();
+        OpenNames& open = open_names();
+        const std::lock_guard lock(open.mutex);
+        open.names.erase(name_);
+    }
     queue_.reset();
     addresses_.reset();
     wait_fd_ = -1;

@@ -125,7 +125,6 @@ struct CompletionError {
 // lock(): hold it around every other call.
 class Endpoint {
   public:
-    // `name`: of shm only, else empty.
     Endpoint(std::shared_ptr<Domain> domain, std::size_t num_entries);
     ~Endpoint() { close(); }
     Endpoint(const Endpoint&) = delete;
@@ -137,6 +136,8 @@ class Endpoint {
     [[nodiscard]] abi::fid_ep* get() const noexcept { return endpoint_.get(); }
     // What a peer inserts.
     [[nodiscard]] const std::vector<std::byte>& name() const noexcept { return name_; }
+    // True while an endpoint of that name is open in this process.
+    [[nodiscard]] static bool is_open_here(std::span<const std::byte> name);
     // Throws kPeer.
     [[nodiscard]] abi::fi_addr_t insert(std::span<const std::byte> name) const;
 

@@ -111,6 +111,20 @@ class OfiFabric final : public Fabric {
     }
     [[nodiscard]] std::shared_ptr<RemotePort> connect(std::span<const std::byte> descriptor,
                                                       const Deadline& deadline) override;
+    [[nodiscard]] std::vector<RailInfo> rails() override {
+        std::vector<RailInfo> infos;
+        for (std::size_t i = 0; i < rails_.size(); ++i) {
+            const Rail& rail = *rails_[i];
+            const std::uint64_t out = rail.bytes_out.load();
+            infos.push_back({.name = "ofi" + std::to_string(i),
+                             .address = rail.domain()->label(),
+                             .state = rail.is_idle() ? "idle" : "active",
+                             .bytes_out = out,
+                             .bytes_in = rail.bytes_in.load(),
+                             .outstanding = out - std::min(out, rail.bytes_done.load())});
+        }
+        return infos;
+    }
     void stop() noexcept override {
         reactor_.stop();
         for (const auto& rail : rails_) {

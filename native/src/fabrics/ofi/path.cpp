@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cerrno>
+#include <thread>
 #include <utility>
 
 #include "remote.hpp"
@@ -16,8 +17,10 @@ constexpr std::size_t kMaxWrites = 256;
 constexpr std::uint64_t kWindowBytes = std::uint64_t{16} << 20;
 // Pieces taken and posted between two polls.
 constexpr std::size_t kMaxSubmit = 32;
-constexpr std::size_t kBatch = 32;
+constexpr int kBatchesPerTurn = 8;
 constexpr std::chrono::milliseconds kClosePatience = 200ms;
+// A sink in this process answers within one poll, unless it is closed just now.
+constexpr double kDrainS = 1.0;
 // How long a broken write waits for the control connection to name the cause.
 constexpr double kSuspicionS = 2.0;
 
@@ -45,6 +48,7 @@ SourcePath::SourcePath(PathSpec spec, std::weak_ptr<OfiRemote> remote,
                                           rail_->domain()->info()->domain_attr->cq_data_size)),
       endpoint_(rail_->domain(), 2 * num_slots(*rail_->domain())),
       slots_(num_slots(*rail_->domain())),
+      is_sink_here_(rail_->domain()->provider() == "shm" && Endpoint::is_open_here(sink_.name)),
       pieces_(kMaxSubmit) {
     peer_ = endpoint_.insert(sink_.name);
     if (rail_->domain()->needs_local_regions()) {
@@ -58,7 +62,6 @@ SourcePath::SourcePath(PathSpec spec, std::weak_ptr<OfiRemote> remote,
     for (Slot& slot : slots_) {
         free_slots_.push_back(&slot);
     }
-    done_.reserve(slots_.size());
 }
 
 void SourcePath::wake() noexcept {
@@ -68,8 +71,20 @@ void SourcePath::wake() noexcept {
 
 bool SourcePath::progress() noexcept {
     bool has_moved = is_woken_.exchange(false, std::memory_order_seq_cst);
-    done_.clear();
     const bool was_proven = is_proven_;
+    std::array<std::uint64_t, kBatch> done;
+    for (int batch = 0; batch < kBatchesPerTurn; ++batch) {
+        std::size_t num_done = 0;
+        {
+            const std::unique_lock lock(endpoint_.mutex(), std::try_to_lock);
+            if (!lock || !endpoint_.is_open() || is_closing_ || !reap(done, num_done)) {
+                break;
+            }
+        }
+        has_moved = true;
+        // Without the lock: operations finish in there.
+        queue_->complete(index_, std::span(done).first(num_done));
+    }
     bool is_over = false;
     std::optional<Error> failure;
     {
@@ -77,26 +92,16 @@ bool SourcePath::progress() noexcept {
         if (!lock || !endpoint_.is_open()) {
             return false;
         }
-        try {
-            has_moved |= reap();
-            if (!suspicion_) {
-                has_moved |= post_all();
-            } else if (suspected_until_.passed()) {
-                failure = std::move(suspicion_);
-                suspicion_.reset();
-                suspected_until_ = Deadline::never();
-            }
-        } catch (const Error& error) {
-            failure = error;
-        }
         if (is_closing_) {
             close_locked();
             is_over = true;
+        } else if (!suspicion_) {
+            has_moved |= post_all();
+        } else if (suspected_until_.passed()) {
+            failure = std::move(suspicion_);
+            suspicion_.reset();
+            suspected_until_ = Deadline::never();
         }
-    }
-    // The rest without the lock: operations finish in there, and the remote may end.
-    if (!done_.empty()) {
-        queue_->complete(index_, done_);
     }
     if (failure || was_proven != is_proven_) {
         if (const auto remote = remote_.lock()) {
@@ -113,39 +118,34 @@ bool SourcePath::progress() noexcept {
     return has_moved;
 }
 
-bool SourcePath::reap() {
+bool SourcePath::reap(std::array<std::uint64_t, kBatch>& done, std::size_t& num_done) {
     std::array<abi::fi_cq_data_entry, kBatch> entries;
-    bool has_moved = false;
-    while (!is_closing_) {
-        const ssize_t count = endpoint_.poll(entries);
-        if (count > 0) {
-            for (ssize_t i = 0; i < count; ++i) {
-                auto* slot = static_cast<Slot*>(entries[static_cast<std::size_t>(i)].op_context);
-                if (slot == nullptr) {
-                    continue;
-                }
-                if (slot->id != 0) {
-                    done_.push_back(std::exchange(slot->id, 0));
-                } else {
-                    is_proven_ = true;
-                }
-                free_slots_.push_back(slot);
-            }
-            is_blocked_ = false;
-            has_moved = true;
-        } else if (count == -abi::FI_EAVAIL) {
-            const auto error = endpoint_.next_error();
-            fail_write(error ? error->text : "a write failed");
-            has_moved = true;
-        } else if (count < 0) {
-            fail_write(std::string("the completion queue is broken: ") +
-                       library().strerror(static_cast<int>(-count)));
-            break;
-        } else {
-            break;
-        }
+    const ssize_t count = endpoint_.poll(entries);
+    if (count == -abi::FI_EAVAIL) {
+        const auto error = endpoint_.next_error();
+        fail_write(error ? error->text : "a write failed");
+        return true;
     }
-    return has_moved;
+    if (count < 0) {
+        fail_write(std::string("the completion queue is broken: ") +
+                   library().strerror(static_cast<int>(-count)));
+        return false;
+    }
+    for (const auto& entry : std::span(entries).first(static_cast<std::size_t>(count))) {
+        auto* slot = static_cast<Slot*>(entry.op_context);
+        if (slot == nullptr) {
+            continue;
+        }
+        if (slot->id != 0) {
+            done[num_done++] = std::exchange(slot->id, 0);
+            rail_->bytes_done.fetch_add(slot->nbytes, std::memory_order_relaxed);  // a statistic
+        } else {
+            is_proven_ = true;
+        }
+        free_slots_.push_back(slot);
+        is_blocked_ = false;
+    }
+    return count > 0;
 }
 
 void SourcePath::fail_write(const std::string& text) {
@@ -161,7 +161,7 @@ void SourcePath::fail_write(const std::string& text) {
 }
 
 bool SourcePath::post_all() {
-    if (is_closing_) {
+    if (is_draining_) {
         return false;
     }
     if (!is_probed_ && !post_probe()) {
@@ -205,6 +205,7 @@ bool SourcePath::post_probe() {
 bool SourcePath::post_piece(const Piece& piece) {
     Slot& slot = *free_slots_.back();
     slot.id = piece.id;
+    slot.nbytes = piece.nbytes;
     ssize_t result = 0;
     if (piece.nbytes == 0) {
         result = write(slot, zeros_.data(), kScratchBytes,
@@ -271,10 +272,35 @@ void SourcePath::close_locked() noexcept {
     }
     zeros_region_.reset();
     endpoint_.close();
+    for (const Slot& slot : slots_) {
+        if (slot.id != 0) {
+            rail_->bytes_done.fetch_add(slot.nbytes, std::memory_order_relaxed);
+        }
+    }
     queue_->give_back(index_);
 }
 
+void SourcePath::drain() noexcept {
+    // A provider that found our endpoint in its own process answers into it, whether or not it was
+    // closed. So the sink, which lives as we do, gets to answer first.
+    is_draining_ = true;
+    const Deadline deadline = Deadline::after(kDrainS);
+    while (!deadline.passed() && Endpoint::is_open_here(sink_.name)) {
+        [[maybe_unused]] const bool has_moved = progress();
+        {
+            const std::unique_lock lock(endpoint_.mutex(), std::try_to_lock);
+            if (lock && (!endpoint_.is_open() || free_slots_.size() == slots_.size())) {
+                return;
+            }
+        }
+        std::this_thread::sleep_for(100us);
+    }
+}
+
 void SourcePath::close() noexcept {
+    if (is_sink_here_) {
+        drain();
+    }
     is_closing_ = true;
     {
         const std::unique_lock lock(endpoint_.mutex(), kClosePatience);

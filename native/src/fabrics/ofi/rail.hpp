@@ -49,6 +49,7 @@ class Rail {
 
     // Of all paths, for Engine::rails().
     std::atomic<std::uint64_t> bytes_out{0};
+    std::atomic<std::uint64_t> bytes_done{0};  // of those, delivered or taken back
     std::atomic<std::uint64_t> bytes_in{0};
 
   private:
@@ -62,7 +63,7 @@ class Rail {
     EventFd wake_event_;
     std::atomic<bool> is_sleeping_{false};
     std::atomic<bool> is_stopping_{false};
-    std::mutex mutex_;  // pollables_, thread_
+    mutable std::mutex mutex_;  // pollables_, thread_
     List pollables_;
     std::atomic<std::uint64_t> list_version_{0};
     std::thread thread_;

@@ -54,8 +54,12 @@ class SourcePath final : public Pollable {
     struct Slot {
         abi::fi_context2 context;  // first: completions name it
         std::uint64_t id = 0;      // of the piece; 0: free, or the probe
+        std::uint64_t nbytes = 0;
     };
-    [[nodiscard]] bool reap();
+    static constexpr std::size_t kBatch = 32;
+    // Takes a batch of completions; ids of the pieces go to `done`. False when there was none.
+    [[nodiscard]] bool reap(std::array<std::uint64_t, kBatch>& done, std::size_t& num_done);
+    void drain() noexcept;
     void fail_write(const std::string& text);
     [[nodiscard]] bool post_all();
     [[nodiscard]] bool post_piece(const Piece& piece);
@@ -78,6 +82,7 @@ class SourcePath final : public Pollable {
     std::shared_ptr<SourceRegions> sources_;
     std::uint64_t data_bytes_;
     std::atomic<bool> is_woken_{true};
+    std::atomic<bool> is_draining_{false};
     std::atomic<bool> is_closing_{false};
     std::atomic<bool> is_proven_{false};
     // Under the endpoint's mutex.
@@ -87,10 +92,10 @@ class SourcePath final : public Pollable {
     std::unique_ptr<Region> zeros_region_;
     std::vector<Slot> slots_;
     std::vector<Slot*> free_slots_;
+    const bool is_sink_here_;
     std::vector<Piece> pieces_;  // taken
     std::size_t next_piece_ = 0;
     std::size_t num_pieces_ = 0;
-    std::vector<std::uint64_t> done_;
     std::size_t hint_ = 0;
     bool is_probed_ = false;
     bool is_blocked_ = false;  // the provider takes nothing right now

@@ -86,7 +86,11 @@ TargetView::RailView TargetEnd::view() const {
 }
 
 void TargetEnd::arrive(std::span<const abi::fi_cq_data_entry> entries) noexcept {
+    // Counted first and marked then: who sees a slot complete finds its chunks counted.
     Tally tally;
+    std::array<std::uint32_t, kBatch> immediates;
+    std::array<Mark, kBatch> expected;
+    std::size_t num_marks = 0;
     for (const abi::fi_cq_data_entry& entry : entries) {
         if ((entry.flags & abi::FI_REMOTE_CQ_DATA) == 0) {
             continue;
@@ -98,10 +102,19 @@ void TargetEnd::arrive(std::span<const abi::fi_cq_data_entry> entries) noexcept 
         const std::uint64_t nbytes = entry.data >> 32U;
         tally.bytes += data_bytes_ >= sizeof(entry.data) ? nbytes : entry.len;
         if (low < kNoImmediateData) {
-            tally.add(board_->mark(low));
+            immediates[num_marks] = low;
+            expected[num_marks] = board_->look(low);
+            tally.add(expected[num_marks++]);
         }
     }
     board_->account(tally);
+    for (std::size_t i = 0; i < num_marks; ++i) {
+        const Mark mark = board_->mark(immediates[i]);
+        if (mark == Mark::kDuplicate && expected[i] == Mark::kNew) {
+            // Twice in this batch, or by another rail meanwhile.
+            board_->account({.arrivals = ~std::uint64_t{0}, .duplicates = 1});
+        }
+    }
     rail_->bytes_in.fetch_add(tally.bytes, std::memory_order_relaxed);  // a statistic
 }
 
