@@ -35,8 +35,11 @@ void check(Scope scope, std::string_view call, long result, std::string_view adv
 // Names of the open endpoints of this process.
 struct OpenNames {
     std::mutex mutex;
-    std::set<std::vector<std::byte>> names;
+    std::set<std::string> names;
 };
+std::string text_of(std::span<const std::byte> name) {
+    return {reinterpret_cast<const char*>(name.data()), name.size()};
+}
 OpenNames& open_names() {
     static OpenNames names;
     return names;
@@ -44,12 +47,11 @@ OpenNames& open_names() {
 
 // The shm provider uses the very mapping of an endpoint that it finds by name in its own process,
 // also after that was closed. Another spelling of the same file gets a mapping of its own.
-std::vector<std::byte> respell(std::span<const std::byte> name) {
+std::string respell(std::span<const std::byte> name) {
     constexpr std::string_view kPrefix = "fi_shm://";
-    std::vector<std::byte> spelled(name.begin(), name.end());
-    const auto* text = reinterpret_cast<const char*>(name.data());
-    if (std::string_view(text, name.size()).starts_with(kPrefix)) {
-        spelled.insert(spelled.begin() + kPrefix.size(), std::byte{'/'});
+    std::string spelled = text_of(name);
+    if (spelled.starts_with(kPrefix)) {
+        spelled.insert(kPrefix.size(), "/");
     }
     return spelled;
 }
@@ -163,13 +165,13 @@ Endpoint::Endpoint(std::shared_ptr<Domain> domain, std::size_t num_entries)
     name_.resize(nbytes);
     OpenNames& open = open_names();
     const std::lock_guard lock(open.mutex);
-    open.names.insert(name_);
+    open.names.insert(text_of(name_));
 }
 
 bool Endpoint::is_open_here(std::span<const std::byte> name) {
     OpenNames& open = open_names();
     const std::lock_guard lock(open.mutex);
-    return open.names.contains({name.begin(), name.end()});
+    return open.names.contains(text_of(name));
 }
 
 Fid<fid_cq> Endpoint::open_queue(std::size_t num_entries) {
@@ -219,7 +221,7 @@ void Endpoint::set_options() const {
 
 fi_addr_t Endpoint::insert(std::span<const std::byte> name) const {
     fi_addr_t address = 0;
-    const std::vector<std::byte> spelled = respell(name);
+    const std::string spelled = respell(name);
     const int result =
         addresses_->ops->insert(addresses_.get(), spelled.data(), 1, &address, 0, nullptr);
     if (result != 1) {
@@ -260,7 +262,7 @@ void Endpoint::close() noexcept {
         endpoint_.reset();
         OpenNames& open = open_names();
         const std::lock_guard lock(open.mutex);
-        open.names.erase(name_);
+        open.names.erase(text_of(name_));
     }
     queue_.reset();
     addresses_.reset();

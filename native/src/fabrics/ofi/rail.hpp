@@ -45,6 +45,12 @@ class Rail {
     void remove(const Pollable& pollable) noexcept;
     // There is work. Any thread; a system call only when the rail sleeps.
     void wake() noexcept;
+    // Nothing is connected.
+    [[nodiscard]] bool is_idle() const {
+        const std::lock_guard lock(mutex_);
+        return pollables_.empty();
+    }
+    // Joins the thread.
     void stop() noexcept;
 
     // Of all paths, for Engine::rails().
