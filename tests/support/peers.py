@@ -1,4 +1,4 @@
-"""A process that serves one end of the local fabric and does what the test tells it, by name.
+"""A process that serves one end of a fabric and does what the test tells it, by name.
 
 with Peer() as peer:
     descriptor = peer.call("export", nbytes=4096, slots=[1], is_private=False)
@@ -32,11 +32,16 @@ class PeerError(Exception):
 
 
 class Peer:
-    """The test's end."""
+    """The test's end.
 
-    def __init__(self) -> None:
+    Args:
+        fabric: Of the other process' engine.
+        options: Of that fabric.
+    """
+
+    def __init__(self, fabric: str = "local", **options: Any) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.peers"],
+            [sys.executable, "-m", "support.peers", json.dumps([fabric, options])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -93,7 +98,8 @@ class _Server:
     """The other end: each method is one call."""
 
     def __init__(self) -> None:
-        self.engine = open_fabric("local", name="peer")
+        fabric, options = json.loads(sys.argv[1])
+        self.engine = open_fabric(fabric, name="peer", **options)
         self.view: Bytes
         self.target: Target
         self.remote: Remote

@@ -22,13 +22,14 @@ void resolve(void* handle, Function*& function, const char* name, const char* sy
         found = ::dlvsym(handle, name, symbol_version);
     }
     if (found == nullptr) {
-        throw Error(Scope::kConfig, std::string("libfabric has no ") + name + "@" +
-                                        symbol_version + "; version 1.17 or newer is needed");
+        throw Error(Scope::kConfig, std::string("libfabric has no ") + name + "@" + symbol_version +
+                                        "; version 1.17 or newer is needed");
     }
     std::memcpy(&function, &found, sizeof(found));
 }
 
 Library load() {
+    const SignalGuard guard;  // a provider's library installs its own while it is loaded
     // Global, so that a preloaded wrapper finds what it wraps. Never closed: providers leave
     // threads and exit handlers behind.
     void* handle = ::dlopen("libfabric.so.1", RTLD_NOW | RTLD_GLOBAL);
@@ -110,9 +111,8 @@ std::vector<Info> find_infos(const InfoRequest& request) {
     fill_hints(*hints, request);
     fi_info* found = nullptr;
     const bool has_address = !request.address.empty();
-    const int result =
-        lib.getinfo(version(1, 17), has_address ? request.address.c_str() : nullptr, nullptr,
-                    has_address ? FI_SOURCE : 0, hints.get(), &found);
+    const int result = lib.getinfo(version(1, 17), has_address ? request.address.c_str() : nullptr,
+                                   nullptr, has_address ? FI_SOURCE : 0, hints.get(), &found);
     if (result != 0 || found == nullptr) {
         const std::string what = "fi_getinfo(provider " + request.provider +
                                  (has_address ? ", address " + request.address : "") +

@@ -30,9 +30,9 @@ struct Library {
 [[nodiscard]] const Library& library();
 
 // A call that failed with -`error`; .call and .errno as in os_error().
-[[nodiscard]] Error call_error(
-    Scope scope, std::string_view call, long error, std::string_view advice,
-    std::source_location where = std::source_location::current());
+[[nodiscard]] Error call_error(Scope scope, std::string_view call, long error,
+                               std::string_view advice,
+                               std::source_location where = std::source_location::current());
 
 using Info = std::shared_ptr<abi::fi_info>;
 

@@ -19,8 +19,8 @@ using namespace abi;  // NOLINT: names of libfabric
 void close_fid(fid& object, const char* what) noexcept {
     const SignalGuard guard;
     if (const int result = object.ops->close(&object); result != 0) {
-        report(std::string("closing a libfabric ") + what + " failed: " +
-               library().strerror(-result));
+        report(std::string("closing a libfabric ") + what +
+               " failed: " + library().strerror(-result));
     }
 }
 
@@ -104,18 +104,18 @@ Region::Region(std::shared_ptr<Domain> domain, std::uint64_t address, std::uint6
     constexpr int kTries = 8;  // for narrow keys
     for (int attempt = 1;; ++attempt) {
         fid_mr* region = nullptr;
-        const int result = domain_->get()->mr->reg(
-            &domain_->get()->base, reinterpret_cast<const void*>(address), nbytes, access, 0,
-            random_u64() & mask, 0, &region, nullptr);
+        const int result =
+            domain_->get()->mr->reg(&domain_->get()->base, reinterpret_cast<const void*>(address),
+                                    nbytes, access, 0, random_u64() & mask, 0, &region, nullptr);
         if (result == 0) {
             region_ = Fid(region, "memory region");
             return;
         }
         if (result != -ENOKEY && result != -EEXIST) {
-            throw call_error(Scope::kMemory,
-                             "fi_mr_reg(" + domain_->label() + ", " + std::to_string(nbytes) +
-                                 " bytes)",
-                             result, "check `ulimit -l`");
+            throw call_error(
+                Scope::kMemory,
+                "fi_mr_reg(" + domain_->label() + ", " + std::to_string(nbytes) + " bytes)", result,
+                "check `ulimit -l`");
         }
         if (attempt == kTries) {
             throw call_error(Scope::kMemory, "fi_mr_reg(" + domain_->label() + ")", result,
@@ -180,8 +180,11 @@ Fid<fid_cq> Endpoint::open_queue(std::size_t num_entries) {
     attr.size = num_entries;
     attr.format = FI_CQ_FORMAT_DATA;
     fid_cq* queue = nullptr;
-    // Not every provider has a descriptor to wait for.
+    // Not every provider has a descriptor to wait for, and that of `net` stays readable.
     for (const fi_wait_obj wait_obj : {FI_WAIT_FD, FI_WAIT_NONE}) {
+        if (wait_obj == FI_WAIT_FD && domain_->provider() == "net") {
+            continue;
+        }
         attr.wait_obj = wait_obj;
         const int result = owner->ops->cq_open(owner, &attr, &queue, nullptr);
         if (result == 0) {

@@ -29,7 +29,8 @@ class Fid {
     Fid(Object* object, const char* what) noexcept : object_(object), what_(what) {
         count_live(Kind::kFid, 1);
     }
-    Fid(Fid&& other) noexcept : object_(std::exchange(other.object_, nullptr)), what_(other.what_) {}
+    Fid(Fid&& other) noexcept
+        : object_(std::exchange(other.object_, nullptr)), what_(other.what_) {}
     Fid& operator=(Fid&& other) noexcept {
         if (this != &other) {
             reset();
@@ -146,7 +147,8 @@ class Endpoint {
     [[nodiscard]] ssize_t poll(std::span<abi::fi_cq_data_entry> entries) const noexcept;
     [[nodiscard]] std::optional<CompletionError> next_error() const;
     // 0, -EAGAIN when it must be tried again after a poll, or another error.
-    [[nodiscard]] ssize_t write(const abi::fi_msg_rma& message, std::uint64_t flags) const noexcept {
+    [[nodiscard]] ssize_t write(const abi::fi_msg_rma& message,
+                                std::uint64_t flags) const noexcept {
         return endpoint_->rma->writemsg(endpoint_.get(), &message, flags);
     }
 

@@ -47,6 +47,30 @@ std::vector<net::Address> parse_addresses(const OfiOptions& options) {
     return addresses;
 }
 
+// The one to take. `tcp` must not be layered under ofi_rxm: in release 1.17 a connection that ends
+// in the middle of a message, as every fence of a busy target does, crashes that layer. There the
+// provider `net` is what later releases call `tcp`.
+Info choose_info(const InfoRequest& request) {
+    const auto is_layered = [](const Info& info) {
+        return is_in(info->fabric_attr->prov_name, "ofi_rxm");
+    };
+    std::vector<Info> infos = find_infos(request);
+    if (request.provider != "tcp") {
+        return infos.front();
+    }
+    auto plain = std::ranges::find_if_not(infos, is_layered);
+    if (plain == infos.end()) {
+        infos = find_infos({"net", request.address, request.domain, ""});
+        plain = std::ranges::find_if_not(infos, is_layered);
+    }
+    if (plain == infos.end()) {
+        throw Error(Scope::kConfig,
+                    "this libfabric offers tcp only below ofi_rxm, which cannot be fenced; use a "
+                    "newer one, or the tcp fabric");
+    }
+    return *plain;
+}
+
 std::vector<std::shared_ptr<Domain>> open_domains(const OfiOptions& options) {
     std::vector<Info> infos;
     if (is_in(options.provider, "shm")) {
@@ -56,8 +80,9 @@ std::vector<std::shared_ptr<Domain>> open_domains(const OfiOptions& options) {
         std::set<std::string> known;
         for (Info& info : find_infos({options.provider, "", "", ""})) {
             const std::string name = info->domain_attr->name;
-            const bool is_wanted = options.domains.empty() ||
-                                   std::ranges::find(options.domains, name) != options.domains.end();
+            const bool is_wanted =
+                options.domains.empty() ||
+                std::ranges::find(options.domains, name) != options.domains.end();
             if (is_wanted && known.insert(name).second) {
                 infos.push_back(std::move(info));
             }
@@ -65,7 +90,8 @@ std::vector<std::shared_ptr<Domain>> open_domains(const OfiOptions& options) {
         if (infos.empty() || known.size() < options.domains.size()) {
             throw Error(Scope::kConfig, "provider " + options.provider +
                                             " has not all of the devices that were asked for; "
-                                            "see `fi_info -p " + options.provider + "`");
+                                            "see `fi_info -p " +
+                                            options.provider + "`");
         }
     } else {
         if (!options.domains.empty() && options.domains.size() != options.addresses.size()) {
@@ -73,8 +99,7 @@ std::vector<std::shared_ptr<Domain>> open_domains(const OfiOptions& options) {
         }
         for (std::size_t i = 0; i < options.addresses.size(); ++i) {
             const std::string domain = options.domains.empty() ? "" : options.domains[i];
-            infos.push_back(
-                find_infos({options.provider, options.addresses[i], domain, ""}).front());
+            infos.push_back(choose_info({options.provider, options.addresses[i], domain, ""}));
         }
     }
     std::vector<std::shared_ptr<Domain>> domains;
@@ -130,6 +155,9 @@ class OfiFabric final : public Fabric {
         for (const auto& rail : rails_) {
             rail->stop();
         }
+        if (name_ == "ofi:shm") {
+            sweep_shm_files();  // of peers that were killed meanwhile
+        }
     }
 
   private:
@@ -161,7 +189,8 @@ std::shared_ptr<RemotePort> OfiFabric::connect(std::span<const std::byte> descri
         const net::Frame frame = channel->next(patience, info->peer);
         const auto type = static_cast<FrameType>(frame.type);
         if (type == FrameType::kFenced || type == FrameType::kClosed) {
-            throw Error(Scope::kFenced, info->peer + " has just closed its target; use the next one",
+            throw Error(Scope::kFenced,
+                        info->peer + " has just closed its target; use the next one",
                         {{"peer", info->peer}});
         }
         is_whole = reader.take(frame.type, frame.payload);

@@ -52,9 +52,9 @@ SourcePath::SourcePath(PathSpec spec, std::weak_ptr<OfiRemote> remote,
       pieces_(kMaxSubmit) {
     peer_ = endpoint_.insert(sink_.name);
     if (rail_->domain()->needs_local_regions()) {
-        zeros_region_ = std::make_unique<Region>(
-            rail_->domain(), reinterpret_cast<std::uint64_t>(zeros_.data()), zeros_.size(),
-            abi::FI_WRITE);
+        zeros_region_ = std::make_unique<Region>(rail_->domain(),
+                                                 reinterpret_cast<std::uint64_t>(zeros_.data()),
+                                                 zeros_.size(), abi::FI_WRITE);
         if (rail_->domain()->binds_regions()) {
             zeros_region_->bind(endpoint_);
         }
@@ -153,8 +153,8 @@ void SourcePath::fail_write(const std::string& text) {
         return;
     }
     suspicion_.emplace(Scope::kRail,
-                       "a write to " + peer_label_ + " over rail " + rail_label_ + " failed: " + text +
-                           "; what was in flight may or may not have landed",
+                       "a write to " + peer_label_ + " over rail " + rail_label_ +
+                           " failed: " + text + "; what was in flight may or may not have landed",
                        Facts{{"peer", peer_label_}, {"rail", rail_label_}});
     suspected_until_ = Deadline::after(kSuspicionS);
     queue_->leave(index_);
@@ -175,9 +175,9 @@ bool SourcePath::post_all() {
                 return has_moved;
             }
             next_piece_ = 0;
-            num_pieces_ = queue_->take(
-                index_, kWindowBytes - outstanding,
-                std::span(pieces_).first(std::min(kMaxSubmit, free_slots_.size())));
+            num_pieces_ =
+                queue_->take(index_, kWindowBytes - outstanding,
+                             std::span(pieces_).first(std::min(kMaxSubmit, free_slots_.size())));
             if (num_pieces_ == 0) {
                 return has_moved;
             }
@@ -196,9 +196,9 @@ bool SourcePath::post_all() {
 }
 
 bool SourcePath::post_probe() {
-    is_probed_ = write(*free_slots_.back(), zeros_.data(), kScratchBytes,
-                       zeros_region_ ? zeros_region_->desc() : nullptr, sink_.scratch, 0,
-                       kProbeData) == 0;
+    is_probed_ =
+        write(*free_slots_.back(), zeros_.data(), kScratchBytes,
+              zeros_region_ ? zeros_region_->desc() : nullptr, sink_.scratch, 0, kProbeData) == 0;
     return is_probed_;
 }
 
@@ -261,8 +261,8 @@ Pollable::Rest SourcePath::rest() noexcept {
     // What the provider did not take is tried again after a nap: no descriptor tells.
     rest.wait_fd = is_blocked_ ? -1 : endpoint_.wait_fd();
     rest.is_expecting = is_waiting || rest.wait_fd >= 0;
-    rest.may_sleep = !is_woken_.load(std::memory_order_seq_cst) &&
-                     (rest.wait_fd < 0 || endpoint_.may_sleep());
+    rest.may_sleep =
+        !is_woken_.load(std::memory_order_seq_cst) && (rest.wait_fd < 0 || endpoint_.may_sleep());
     return rest;
 }
 

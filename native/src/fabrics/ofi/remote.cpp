@@ -40,19 +40,18 @@ void OfiRemote::start(std::span<const std::shared_ptr<Rail>> rails,
         max_piece = std::min(max_piece, rail->domain()->max_message_bytes());
     }
     const std::size_t num_paths = std::max(rails.size(), view->rails.size());
-    queue_ = std::make_shared<SendQueue>(
-        num_paths, std::max<std::uint64_t>(max_piece, 1),
-        [weak = weak_from_this()](std::size_t path) {
-            if (const auto self = weak.lock()) {
-                self->paths_[path]->wake();
-            }
-        });
+    queue_ = std::make_shared<SendQueue>(num_paths, std::max<std::uint64_t>(max_piece, 1),
+                                         [weak = weak_from_this()](std::size_t path) {
+                                             if (const auto self = weak.lock()) {
+                                                 self->paths_[path]->wake();
+                                             }
+                                         });
     const std::shared_ptr<const RangeTable> ranges(info_, &info_->ranges);
     for (std::size_t i = 0; i < num_paths; ++i) {
         const std::size_t rail = i % rails.size();
         paths_.push_back(std::make_shared<SourcePath>(
-            PathSpec{i, rails[rail], rail, view, i % view->rails.size(), info_->peer}, weak_from_this(), queue_,
-            ranges, sources_));
+            PathSpec{i, rails[rail], rail, view, i % view->rails.size(), info_->peer},
+            weak_from_this(), queue_, ranges, sources_));
     }
     watch_ = reactor_.watch(channel_->socket(), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET,
                             [weak = weak_from_this()](std::uint32_t /*events*/) {

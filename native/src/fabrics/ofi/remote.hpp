@@ -106,9 +106,8 @@ class SourcePath final : public Pollable {
 
 class OfiRemote final : public RemotePort, public std::enable_shared_from_this<OfiRemote> {
   public:
-    OfiRemote(EngineContext& context, net::Reactor& reactor,
-              std::shared_ptr<SourceRegions> sources, std::shared_ptr<RemoteInfo> info,
-              std::unique_ptr<net::Channel> channel);
+    OfiRemote(EngineContext& context, net::Reactor& reactor, std::shared_ptr<SourceRegions> sources,
+              std::shared_ptr<RemoteInfo> info, std::unique_ptr<net::Channel> channel);
     ~OfiRemote() override { close(); }
     // After construction: opens the paths and proves each. Throws kTimeout, kPeer, kFenced, kRail.
     void start(std::span<const std::shared_ptr<Rail>> rails,

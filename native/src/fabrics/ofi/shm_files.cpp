@@ -21,7 +21,7 @@ constexpr const char* kPrefix = "weightsync-ofi-";
 
 // Pids mean nothing in another namespace.
 unsigned long pid_namespace() {
-    struct stat status {};
+    struct stat status{};
     return ::stat("/proc/self/ns/pid", &status) == 0 ? status.st_ino : 0;
 }
 

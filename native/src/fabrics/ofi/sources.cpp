@@ -16,7 +16,8 @@ struct SourceRegions::Ticket {
 
 SourceRegions::SourceRegions(std::vector<std::shared_ptr<Domain>> domains)
     : domains_(std::move(domains)),
-      is_needed_(std::ranges::any_of(domains_, [](const auto& domain) { return domain != nullptr; })) {}
+      is_needed_(
+          std::ranges::any_of(domains_, [](const auto& domain) { return domain != nullptr; })) {}
 
 void SourceRegions::add(std::span<LeaseState* const> leases) {
     for (LeaseState* lease : leases) {

@@ -68,7 +68,8 @@ TargetEnd::TargetEnd(std::shared_ptr<Rail> rail, std::span<const ExportedRange> 
         return region;
     };
     for (std::size_t i = 0; i < addresses_.size(); ++i) {
-        regions_.push_back(add(addresses_[i], i < ranges.size() ? ranges[i].nbytes : kScratchBytes));
+        regions_.push_back(
+            add(addresses_[i], i < ranges.size() ? ranges[i].nbytes : kScratchBytes));
     }
 }
 
@@ -143,8 +144,8 @@ bool TargetEnd::progress() noexcept {
             has_moved = true;
         } else if (count < 0) {
             is_broken_ = true;
-            report("the completion queue of " + rail_->domain()->label() + " is broken: " +
-                   library().strerror(static_cast<int>(-count)));
+            report("the completion queue of " + rail_->domain()->label() +
+                   " is broken: " + library().strerror(static_cast<int>(-count)));
         } else {
             break;
         }
@@ -204,8 +205,8 @@ OfiTarget::OfiTarget(EngineContext& context, net::Reactor& reactor, net::Listene
       board_(std::make_shared<Board>(Board::in_heap(spec_.slots, context.progress.event.get()))) {
     // In the order in which a RangeTable has them.
     std::ranges::sort(spec_.exported, {}, &ExportedRange::arena_offset);
-    const bool by_address = std::ranges::any_of(
-        rails_, [](const auto& rail) { return writes_by_address(*rail); });
+    const bool by_address =
+        std::ranges::any_of(rails_, [](const auto& rail) { return writes_by_address(*rail); });
     std::vector<std::uint64_t> addresses;
     std::vector<ExportedRange> ranges = spec_.exported;
     ranges.push_back({.nbytes = kScratchBytes,

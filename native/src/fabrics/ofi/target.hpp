@@ -38,7 +38,8 @@ class Alias : Counted<Kind::kMapping> {
     bool is_kept_ = false;
 };
 
-// One rail of a target: an endpoint of its own, which a fence closes without touching other targets.
+// One rail of a target: an endpoint of its own, which a fence closes without touching other
+// targets.
 class TargetEnd final : public Pollable {
   public:
     // `addresses`: of the exported ranges and at last of the scratch bytes, as writers see them.

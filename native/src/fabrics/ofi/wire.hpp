@@ -96,7 +96,8 @@ inline constexpr std::uint32_t kProbeData = 0xffffffff;  // proves a path, and i
 
 [[nodiscard]] constexpr std::uint64_t encode_data(std::int64_t immediate, std::uint64_t nbytes,
                                                   std::uint64_t data_bytes) noexcept {
-    const std::uint64_t low = immediate < 0 ? kNoImmediateData : static_cast<std::uint64_t>(immediate);
+    const std::uint64_t low =
+        immediate < 0 ? kNoImmediateData : static_cast<std::uint64_t>(immediate);
     return data_bytes < sizeof(std::uint64_t) ? low : nbytes << 32U | low;
 }
 
