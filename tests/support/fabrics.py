@@ -165,9 +165,7 @@ CASES: Final = (
     Case("local-push", _local(is_private=False)),
     Case("local-pull", _local(is_private=True)),
     Case("ofi:tcp", _ofi("tcp", is_private=True, register_sources=True), problem=ofi_problem),
-    Case(
-        "ofi:shm", _ofi("shm", is_private=False), takes_leases=False, problem=ofi_problem
-    ),
+    Case("ofi:shm", _ofi("shm", is_private=False), takes_leases=False, problem=ofi_problem),
     Case("tcp", _tcp(RAILS[:1], RAILS[:1], is_private=True)),
     Case("tcp-3-rails", _tcp(RAILS, RAILS, is_private=False)),
     Case("tcp-2-to-3-rails", _tcp(RAILS[:2], RAILS, is_private=True)),
