@@ -17,10 +17,9 @@ namespace {
 // A preloaded library that wraps a call comes first, as it would for a linked program.
 template <class Function>
 void resolve(void* handle, Function*& function, const char* name, const char* symbol_version) {
-    void* found = ::dlvsym(RTLD_DEFAULT, name, symbol_version);
-    if (found == nullptr) {
-        found = ::dlvsym(handle, name, symbol_version);
-    }
+    void* const first = ::dlsym(RTLD_DEFAULT, name);
+    const bool is_wrapped = first != nullptr && first != ::dlsym(handle, name);
+    void* const found = is_wrapped ? first : ::dlvsym(handle, name, symbol_version);
     if (found == nullptr) {
         throw Error(Scope::kConfig, std::string("libfabric has no ") + name + "@" + symbol_version +
                                         "; version 1.17 or newer is needed");
