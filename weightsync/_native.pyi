@@ -283,6 +283,14 @@ class SimWire:
         """How often each fault really happened."""
 
 def open_local(name: str, num_threads: int) -> Engine: ...
+def open_ofi(
+    name: str,
+    provider: str,
+    addresses: list[str],
+    domains: list[str],
+    trusted_network: bool,
+    register_sources: bool,
+) -> Engine: ...
 def open_tcp(name: str, addresses: Sequence[str], num_streams: int) -> Engine: ...
 def open_verbs(
     name: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from weightsync.transport.base import Engine, Lease, Memory, Remote, Target
 from weightsync.transport.fabrics import open_fabric
@@ -29,6 +31,7 @@ __all__ = [
     "address_of",
     "groups",
     "no_leaks",
+    "ofi_problem",
     "random_bytes",
     "rows",
 ]
@@ -109,13 +112,20 @@ class Link:
 @dataclass(frozen=True)
 class Case:
     name: str
-    open: Callable[[], Link]
+    make: Callable[[], Link]
     has_duplicates: bool = False  # the fabric itself delivers twice
     # Promise F1 of docs/protocol.md: no copy of a write lands after its operation is done. The sim
     # breaks it on request; slots stand that, whatever uses memory again and again cannot.
     is_quiet_when_done: bool = True
+    takes_leases: bool = True  # a target may export memory that the engine did not allocate
     # Why it cannot run on this machine, or None; asked when a test wants it.
     problem: Callable[[], str | None] = lambda: None
+
+    def open(self) -> Link:
+        """A new link; the test is skipped where this machine cannot have one."""
+        if (problem := self.problem()) is not None:
+            pytest.skip(f"{self.name}: {problem}")
+        return self.make()
 
 
 def _local(is_private: bool) -> Callable[[], Link]:
@@ -159,6 +169,24 @@ def _verbs(num_source: int, num_sink: int) -> Callable[[], Link]:
     return make
 
 
+def _ofi(provider: str, is_private: bool, **options: Any) -> Callable[[], Link]:
+    def make() -> Link:
+        source = open_fabric(f"ofi:{provider}", name="source", **options)
+        sink = open_fabric(f"ofi:{provider}", name="sink", **options)
+        return Link(source, sink, is_private)
+
+    return make
+
+
+def ofi_problem() -> str | None:
+    """Why there is no libfabric here."""
+    try:
+        ctypes.CDLL("libfabric.so.1")
+    except OSError as error:
+        return f"libfabric is missing (apt-get install libfabric1): {error}"
+    return None
+
+
 CASES: Final = (
     Case("local-push", _local(is_private=False)),
     Case("local-pull", _local(is_private=True)),
@@ -177,6 +205,8 @@ CASES: Final = (
         _sim(reorder=True, delay_s=0.01, rails=3, resend=0.3, late_s=0.01, invisible=0.3),
         has_duplicates=True,
     ),
+    Case("ofi:tcp", _ofi("tcp", is_private=True, register_sources=True), problem=ofi_problem),
+    Case("ofi:shm", _ofi("shm", is_private=False), takes_leases=False, problem=ofi_problem),
     Case("verbs", _verbs(1, 1), problem=verbs_problem),
     Case("verbs-2-to-3", _verbs(2, 3), problem=verbs_problem),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from weightsync.errors import ConfigError
@@ -12,17 +13,17 @@ from weightsync.transport.base import Engine
 __all__ = ["FABRICS", "open_fabric", "open_for_job"]
 
 # Names of docs/interfaces.md; those that are not built yet are refused by name.
-FABRICS = ("local", "sim", "tcp", "verbs")
-_PLANNED = ("cuda_ipc", "ofi")
+FABRICS = ("local", "sim", "tcp", "verbs", "ofi:PROVIDER")
+_PLANNED = ("cuda_ipc",)
 
 
 def open_fabric(fabric: str, **options: Any) -> Engine:
     """Open an engine.
 
     Args:
-        fabric: One of `FABRICS`.
-        options: Of that fabric: see `local.open_local`, `sim.open_sim`, `tcp.open_tcp` and
-            `verbs.open_verbs`.
+        fabric: One of `FABRICS`; `ofi:PROVIDER` names a provider of libfabric, as `ofi:shm`.
+        options: Of that fabric: see `local.open_local`, `ofi.open_ofi`, `sim.open_sim`,
+            `tcp.open_tcp` and `verbs.open_verbs`.
 
     Returns:
         An engine; close it, or use it as a context manager.
@@ -31,12 +32,14 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
         ConfigError: Unknown fabric or option.
         NativeUnavailableError: The extension is not built.
     """
-    if fabric not in FABRICS:
-        if fabric.split(":")[0] in _PLANNED:
+    kind, _, provider = fabric.partition(":")
+    if fabric not in ("local", "sim", "tcp", "verbs") and not (kind == "ofi" and provider):
+        if kind in _PLANNED:
             raise ConfigError(f"fabric {fabric!r} is not built yet; there are {FABRICS}")
         raise ConfigError(f"unknown fabric {fabric!r}; there are {FABRICS}")
     # Imported here: naming fabrics and their errors needs no extension.
     from weightsync.transport.local import open_local
+    from weightsync.transport.ofi import open_ofi
     from weightsync.transport.sim import open_sim
     from weightsync.transport.tcp import open_tcp
     from weightsync.transport.verbs import open_verbs
@@ -46,8 +49,9 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
         "sim": open_sim,
         "tcp": open_tcp,
         "verbs": open_verbs,
+        "ofi": partial(open_ofi, provider),
     }
-    opener = openers[fabric]
+    opener = openers[kind]
     try:
         inspect.signature(opener).bind(**options)
     except TypeError as error:

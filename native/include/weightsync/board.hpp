@@ -109,6 +109,8 @@ class Board {
     // Set the bit of an immediate; bytes written before are visible to whoever sees the bit.
     // Wakes waiters when a word of bits becomes full.
     Mark mark(std::uint32_t immediate) noexcept;
+    // What mark() would say now.
+    [[nodiscard]] Mark look(std::uint32_t immediate) const noexcept;
     void account(const Tally& tally) noexcept;
     // Some arrivals that were accounted for before they were marked were none: take them off, and
     // count the duplicates and unknown ones of `found` instead.

@@ -16,6 +16,21 @@ struct LocalOptions {
 [[nodiscard]] std::unique_ptr<Fabric> make_local_fabric(EngineContext& context,
                                                         const LocalOptions& options);
 
+struct OfiOptions {
+    std::string provider;  // of libfabric: "tcp", "shm", "verbs;ofi_rxm", "efa"
+    // Of this host: where sources knock, and for providers with IP addresses one rail for each.
+    std::vector<std::string> addresses{"127.0.0.1"};
+    // Devices, one rail for each; empty: all of them, or those of the addresses.
+    std::vector<std::string> domains;
+    // Data travels without authentication; off loopback only where everybody is trusted.
+    bool is_trusted_network = false;
+    // Register sources also for providers that do not ask for it: tests of those that do.
+    bool registers_sources = false;
+};
+// libfabric, loaded now. Throws kConfig when it is missing or offers no such provider.
+[[nodiscard]] std::unique_ptr<Fabric> make_ofi_fabric(EngineContext& context,
+                                                      const OfiOptions& options);
+
 struct TcpOptions {
     // Numeric IP addresses of this host, one per rail; none: 127.0.0.1.
     std::vector<std::string> addresses;

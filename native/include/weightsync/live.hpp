@@ -23,10 +23,11 @@ enum class Kind : std::uint8_t {
     kWire,
     kGroup,
     kVerbs,  // an object of libibverbs
+    kFid,    // an object of libfabric
 };
-inline constexpr std::array<std::string_view, 13> kKindNames = {
-    "engine",  "block",   "lease", "target", "remote", "operation", "session",
-    "mapping", "fd",      "thread", "wire",  "group",  "verbs",
+inline constexpr std::array<std::string_view, 14> kKindNames = {
+    "engine", "block",  "lease", "target", "remote", "operation", "session", "mapping", "fd",
+    "thread", "wire",   "group", "verbs",  "fid",
 };
 
 namespace detail {

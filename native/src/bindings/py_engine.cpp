@@ -410,6 +410,18 @@ void bind_engine(py::module_& m) {
         },
         py::arg("name"), py::arg("num_threads"), Unlocked());
     m.def(
+        "open_ofi",
+        [](std::string name, std::string provider, std::vector<std::string> addresses,
+           std::vector<std::string> domains, bool trusted_network, bool register_sources) {
+            const OfiOptions options{std::move(provider), std::move(addresses), std::move(domains),
+                                     trusted_network, register_sources};
+            return Engine::open(std::move(name), [&options](EngineContext& context) {
+                return make_ofi_fabric(context, options);
+            });
+        },
+        py::arg("name"), py::arg("provider"), py::arg("addresses"), py::arg("domains"),
+        py::arg("trusted_network"), py::arg("register_sources"), Unlocked());
+    m.def(
         "open_tcp",
         [](std::string name, std::vector<std::string> addresses, int num_streams) {
             return Engine::open(

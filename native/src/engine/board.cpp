@@ -125,6 +125,21 @@ void Board::expect(std::uint32_t counter, std::uint64_t count) noexcept {
     signal();
 }
 
+Mark Board::look(std::uint32_t immediate) const noexcept {
+    const std::uint32_t slot = immediate >> slots_->chunk_bits();
+    const std::uint32_t chunk = immediate & ((std::uint32_t{1} << slots_->chunk_bits()) - 1);
+    if (slot >= slots_->num_slots() || chunk >= slots_->num_chunks(slot)) {
+        return Mark::kUnknown;
+    }
+    if (slots_->is_counter(slot)) {
+        return Mark::kNew;
+    }
+    // relaxed: an estimate, nothing is read because of it
+    const std::uint64_t word =
+        words_[slots_->first_word(slot) + chunk / 64].load(std::memory_order_relaxed);
+    return (word >> (chunk % 64) & 1) != 0 ? Mark::kDuplicate : Mark::kNew;
+}
+
 void Board::account(const Tally& tally) noexcept {
     // relaxed: statistics, they order nothing
     constexpr auto kRelaxed = std::memory_order_relaxed;

@@ -225,7 +225,12 @@ bool Sender::fill(std::uint32_t i, const Piece& piece) {
     request.num_sge = piece.nbytes == 0 ? 0 : 1;
     parts_[i].addr = piece.source;
     parts_[i].length = static_cast<std::uint32_t>(piece.nbytes);
-    return piece.nbytes == 0 || memory_.find(piece.source, piece.nbytes, parts_[i].lkey);
+    std::uint64_t lkey = 0;
+    if (piece.nbytes != 0 && !memory_.find(piece.source, piece.nbytes, lkey)) {
+        return false;
+    }
+    parts_[i].lkey = static_cast<std::uint32_t>(lkey);
+    return true;
 }
 
 // Posts the first `count` of pieces_; returns how many of them the device took.

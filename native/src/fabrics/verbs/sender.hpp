@@ -12,7 +12,6 @@
 
 #include <weightsync/send_queue.hpp>
 
-#include "local_memory.hpp"
 #include "rail.hpp"
 #include "wire.hpp"
 

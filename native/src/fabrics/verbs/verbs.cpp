@@ -72,7 +72,14 @@ class VerbsFabric final : public Fabric {
                 std::make_unique<Rail>(table, port, options.path, static_cast<int>(rails_.size())));
             domains.push_back(rails_.back()->domain());
         }
-        memory_ = std::make_shared<LocalMemory>(std::move(domains));
+        memory_ = std::make_shared<LocalMemory>(
+            domains.size(), [domains](std::size_t rail, std::uint64_t address,
+                                      std::uint64_t nbytes) -> LocalMemory::Registration {
+                auto region = std::make_shared<Registration>(domains[rail], address, nbytes,
+                                                             Registration::Access::kReadLocally);
+                const std::uint64_t lkey = region->lkey();
+                return {std::move(region), lkey};
+            });
     }
     ~VerbsFabric() override { stop(); }
 
@@ -88,7 +95,7 @@ class VerbsFabric final : public Fabric {
     [[nodiscard]] std::shared_ptr<RemotePort> connect(std::span<const std::byte> bytes,
                                                       const Deadline& deadline) override {
         const Descriptor descriptor = Descriptor::decode(bytes);
-        register_leases();
+        memory_->follow(context_.leases);
         net::Hello hello;
         hello.kind = net::LinkKind::kControl;
         hello.target_id = descriptor.target_id;
@@ -138,11 +145,7 @@ class VerbsFabric final : public Fabric {
     }
 
     void stop() noexcept override {
-        try {
-            context_.leases.set_registrar(nullptr);
-        } catch (const std::exception& error) {
-            report(std::string("verbs fabric: ") + error.what());
-        }
+        memory_->unfollow(context_.leases);
         reactor_.stop();
         listener_.reset();
         for (const auto& rail : rails_) {
@@ -151,19 +154,6 @@ class VerbsFabric final : public Fabric {
     }
 
   private:
-    // An engine becomes a source with its first connection: a sink's memory is never registered
-    // for reading. From here on leases are registered as they come.
-    void register_leases() {
-        const std::lock_guard lock(register_mutex_);
-        if (!is_source_) {
-            context_.leases.set_registrar(
-                [memory = memory_](std::uint64_t address, std::uint64_t nbytes) {
-                    return memory->add(address, nbytes);
-                });
-            is_source_ = true;
-        }
-    }
-
     [[nodiscard]] std::string state_of(std::size_t rail) const {
         if (!rails_[rail]->is_up()) {
             return "down";
@@ -188,8 +178,6 @@ class VerbsFabric final : public Fabric {
     std::unique_ptr<net::Listener> listener_;
     Rails rails_;
     std::shared_ptr<LocalMemory> memory_;
-    std::mutex register_mutex_;
-    bool is_source_ = false;
     mutable std::mutex mutex_;
     std::vector<std::weak_ptr<VerbsRemote>> remotes_;
 };

@@ -1,16 +1,18 @@
-#include "local_memory.hpp"
+#include <weightsync/local_memory.hpp>
 
 #include <algorithm>
+#include <string>
 
-namespace weightsync::verbs {
+#include <weightsync/error.hpp>
+
+namespace weightsync {
 
 // What one lease has: gone with the lease's last operation.
 struct LocalMemory::Handle {
     Handle(std::shared_ptr<LocalMemory> memory, std::uint64_t address, std::uint64_t nbytes)
         : owner(std::move(memory)), begin(address), end(address + nbytes) {
-        for (const auto& domain : owner->rails_) {
-            registrations.push_back(std::make_unique<Registration>(
-                domain, address, nbytes, Registration::Access::kReadLocally));
+        for (std::size_t rail = 0; rail < owner->num_rails_; ++rail) {
+            registrations.push_back(owner->enroll_(rail, address, nbytes));
         }
     }
     ~Handle() { owner->remove(*this); }
@@ -20,8 +22,28 @@ struct LocalMemory::Handle {
     std::shared_ptr<LocalMemory> owner;
     std::uint64_t begin;
     std::uint64_t end;
-    std::vector<std::unique_ptr<Registration>> registrations;
+    std::vector<Registration> registrations;
 };
+
+void LocalMemory::follow(LeaseTable& leases) {
+    const std::lock_guard lock(follow_mutex_);
+    if (is_following_) {
+        return;
+    }
+    leases.set_registrar([self = shared_from_this()](std::uint64_t address, std::uint64_t nbytes) {
+        return self->add(address, nbytes);
+    });
+    is_following_ = true;
+}
+
+void LocalMemory::unfollow(LeaseTable& leases) noexcept {
+    const std::lock_guard lock(follow_mutex_);
+    try {
+        leases.set_registrar(nullptr);
+    } catch (const std::exception& error) {
+        report(std::string("registered memory: ") + error.what());
+    }
+}
 
 std::shared_ptr<void> LocalMemory::add(std::uint64_t address, std::uint64_t nbytes) {
     // Pinning takes a while: without the lock.
@@ -47,7 +69,7 @@ void LocalMemory::publish() {
         entry.begin = handle->begin;
         entry.end = handle->end;
         for (const auto& registration : handle->registrations) {
-            entry.lkeys.push_back(registration->lkey());
+            entry.keys.push_back(registration.key);
         }
         entries->push_back(std::move(entry));
     }
@@ -79,13 +101,13 @@ void MemoryView::refresh() {
     }
 }
 
-bool MemoryView::find(std::uint64_t address, std::uint64_t nbytes, std::uint32_t& lkey) noexcept {
+bool MemoryView::find(std::uint64_t address, std::uint64_t nbytes, std::uint64_t& key) noexcept {
     const std::uint64_t end = address + nbytes;
     for (std::size_t i = hint_; i < std::min(hint_ + 2, entries_->size()); ++i) {
         const LocalMemory::Entry& entry = (*entries_)[i];
         if (entry.begin <= address && end <= entry.end) {
             hint_ = i;
-            lkey = entry.lkeys[rail_];
+            key = entry.keys[rail_];
             return true;
         }
     }
@@ -97,11 +119,11 @@ bool MemoryView::find(std::uint64_t address, std::uint64_t nbytes, std::uint32_t
         }
         if (end <= entry->end) {
             hint_ = static_cast<std::size_t>(entry - entries_->begin());
-            lkey = entry->lkeys[rail_];
+            key = entry->keys[rail_];
             return true;
         }
     }
     return false;
 }
 
-}  // namespace weightsync::verbs
+}  // namespace weightsync

@@ -1,0 +1,150 @@
+"""The ofi fabrics between real processes that are stopped inside a transfer, or killed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+
+from support.fabrics import Handle, address_of, no_leaks, ofi_problem, random_bytes, rows
+from support.peers import Peer, PeerError
+from weightsync.errors import ConfigError, PeerLostError
+from weightsync.transport.base import Engine
+from weightsync.transport.fabrics import open_fabric
+
+WAIT_S = 20.0
+BOUNDED_S = 5.0
+MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(ofi_problem() is not None, reason=str(ofi_problem()))
+
+
+@pytest.fixture(params=["ofi:tcp", "ofi:shm"])
+def fabric(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def engine(fabric: str) -> Iterator[Engine]:
+    with no_leaks():
+        handle = Handle(open_fabric(fabric, name="test"))
+        yield cast(Engine, handle)
+        handle.close()
+    own = f"-{os.getpid()}-"
+    assert [path.name for path in Path("/dev/shm").iterdir() if own in path.name] == []
+
+
+@pytest.mark.parametrize("stopped_after_s", [0.0, 0.002, 0.01, 0.03])
+def test_a_writer_stopped_inside_a_transfer_changes_no_byte_of_the_next_version(
+    engine: Engine, fabric: str, stopped_after_s: float
+) -> None:
+    nbytes = 64 * MIB
+    memory = engine.allocate(nbytes)
+    view = np.frombuffer(memory, np.uint8)
+    target = engine.export([(0, memory, 0, nbytes)], [64], 8, 1)
+    with Peer(fabric) as peer:
+        peer.call("connect", descriptor=target.descriptor.hex())
+        peer.call("load", nbytes=nbytes, seed=1)
+        peer.call("post", table=[[i * MIB, i * MIB, MIB, i] for i in range(64)])
+        time.sleep(stopped_after_s)
+        peer.stop()
+        start = time.monotonic()
+        target.fence(discard=True)
+        assert time.monotonic() - start < BOUNDED_S
+        again = engine.export([(0, memory, 0, nbytes)], [1], 8, 2)
+        view[:] = 7  # what the next version has put there
+        peer.go_on()
+        with pytest.raises(PeerError, match="FencedError"):
+            peer.call("finish", timeout_s=WAIT_S)
+        assert (view == 7).all()
+        assert again.missing(0) == [0]
+        # The former zombie is welcome to the next version.
+        peer.call("connect", descriptor=again.descriptor.hex())
+        peer.call("post", table=[[0, 0, nbytes, 0]])
+        again.wait([0], WAIT_S)
+        peer.call("finish", timeout_s=WAIT_S)
+        assert np.array_equal(view, random_bytes(nbytes, seed=1))
+        again.close()
+
+
+def test_a_killed_sink_is_a_lost_peer_and_sources_are_free(engine: Engine, fabric: str) -> None:
+    payload = random_bytes(32 * MIB)
+    lease = engine.register(address_of(payload), payload.nbytes, payload)
+    with Peer(fabric) as peer:
+        descriptor = bytes.fromhex(
+            peer.call("export", nbytes=payload.nbytes, slots=[1], is_private=False)
+        )
+        remote = engine.connect(descriptor, WAIT_S)
+        peer.stop()
+        operations = [
+            remote.post(rows((address_of(payload), 0, payload.nbytes, 0))) for _ in range(4)
+        ]
+        start = time.monotonic()
+        peer.kill()
+        # Memory of a stopped process can be written, so what was posted first may have succeeded.
+        operations.append(remote.post(rows((address_of(payload), 0, 8, 0))))
+        while not all(operation.done for operation in operations):
+            assert time.monotonic() - start < BOUNDED_S
+            time.sleep(0.01)
+        errors = [operation.error for operation in operations if operation.error is not None]
+        assert {type(error) for error in errors} == {PeerLostError}
+        assert str(peer.pid) in str(errors[-1])
+        assert time.monotonic() - start < BOUNDED_S
+        lease.release()
+        with pytest.raises(PeerLostError):
+            engine.connect(descriptor, WAIT_S)
+        remote.close()
+
+
+def test_a_killed_source_leaves_a_sink_that_works(engine: Engine, fabric: str) -> None:
+    nbytes = 32 * MIB
+    memory = engine.allocate(nbytes)
+    view = np.frombuffer(memory, np.uint8)
+    target = engine.export([(0, memory, 0, nbytes)], [1], 8, 1)
+    with Peer(fabric) as first:
+        first.call("connect", descriptor=target.descriptor.hex())
+        first.call("load", nbytes=nbytes, seed=1)
+        first.call("post", table=[[0, 0, nbytes, 0]])
+        first.kill()
+    target.fence(discard=True)
+    target = engine.export([(0, memory, 0, nbytes)], [1], 8, 2)
+    with Peer(fabric) as second:
+        second.call("connect", descriptor=target.descriptor.hex())
+        second.call("load", nbytes=nbytes, seed=2)
+        second.call("post", table=[[0, 0, nbytes, 0]])
+        target.wait([0], WAIT_S)
+        assert np.array_equal(view, random_bytes(nbytes, seed=2))
+    target.close()
+
+
+def test_idle_engines_sleep(engine: Engine, fabric: str) -> None:
+    memory = engine.allocate(MIB)
+    target = engine.export([(0, memory, 0, MIB)], [1], 8, 1)
+    with Peer(fabric) as peer:
+        peer.call("connect", descriptor=target.descriptor.hex())
+        time.sleep(0.2)
+
+        def cpu_s() -> float:
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            return usage.ru_utime + usage.ru_stime
+
+        before = cpu_s()
+        time.sleep(1.0)
+        assert cpu_s() - before < 0.05  # 5 %: the clock is coarse and the machine may be slow
+    target.close()
+
+
+def test_data_stays_on_loopback_unless_the_network_is_trusted() -> None:
+    for provider in ("tcp", "verbs;ofi_rxm"):
+        with pytest.raises(ConfigError, match="trusted_network"):
+            open_fabric(f"ofi:{provider}", addresses=["10.1.2.3"])
+    with pytest.raises(ConfigError, match="trusted_network"):
+        open_fabric("ofi:efa")
+    with pytest.raises(ConfigError, match="fi_getinfo"):
+        open_fabric("ofi:nonsense")
