@@ -84,6 +84,18 @@ TEST(a_counter_keeps_what_comes_while_it_is_emptied) {
           board.missing(2).size() == 65);
 }
 
+TEST(a_wait_that_was_over_is_not_asked_again) {
+    // Of two receivers the slower one found what it had waited for taken, and called that a timeout.
+    const Fleet fleet = all_fleets().front();
+    const auto memory = fleet.engines[0]->allocate(64, true);
+    const auto target = fleet.engines[0]->export_memory({.ranges = {{address_of(memory), 64}},
+                                                         .slot_chunks = {1}});
+    bool is_there = true;
+    const auto take = [&is_there] { return std::exchange(is_there, false); };
+    CHECK(target->wait_for(take, Deadline::after(kWait_s)));
+    CHECK(!target->wait_for(take, Deadline::after(0)));
+}
+
 TEST(pages_are_checked_before_they_are_rows) {
     const std::vector<std::int64_t> one{0, 2, 1};
     const std::vector<std::int64_t> two{5, 4, 3};

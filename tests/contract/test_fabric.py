@@ -11,11 +11,28 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from support.fabrics import CASES, Bytes, Case, Link, address_of, no_leaks, random_bytes, rows
+from support.fabrics import (
+    ALL_CASES,
+    CASES,
+    Bytes,
+    Case,
+    Link,
+    address_of,
+    no_leaks,
+    random_bytes,
+    rows,
+)
 from weightsync.errors import ConfigError, FencedError, TransferTimeoutError, WeightSyncError
 from weightsync.transport.base import Target
 
 WAIT_S = 10.0
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+def test_the_fabric_is_part_of_this_run(case: Case) -> None:
+    if (problem := case.problem()) is not None:
+        pytest.skip(f"{case.name}: {problem}")
+    assert case in CASES
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)

@@ -22,10 +22,7 @@ class ByteWriter {
     template <class Value>
     ByteWriter& put(const Value& value) {
         static_assert(std::is_trivially_copyable_v<Value>);
-        const std::size_t at = bytes_.size();
-        bytes_.resize(at + sizeof(Value));
-        std::memcpy(bytes_.data() + at, &value, sizeof(Value));
-        return *this;
+        return put_bytes(std::as_bytes(std::span(&value, 1)));
     }
     ByteWriter& put_text(std::string_view text) {
         put(static_cast<std::uint8_t>(text.size()));
@@ -33,7 +30,8 @@ class ByteWriter {
         bytes_.insert(bytes_.end(), bytes, bytes + text.size());
         return *this;
     }
-    ByteWriter& put_bytes(std::span<const std::byte> bytes) {
+    // Not inlined: gcc 12 sees bounds of vectors that it merged, and warns.
+    [[gnu::noinline]] ByteWriter& put_bytes(std::span<const std::byte> bytes) {
         bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
         return *this;
     }

@@ -92,8 +92,8 @@ class Target : Counted<Kind::kTarget> {
     [[nodiscard]] bool has_arrived(std::int32_t slot) const noexcept {
         return port_->board().is_complete(static_cast<std::uint32_t>(slot));
     }
-    // Blocks until ready(), which is looked at whenever a slot fills up; returns ready(). Throws
-    // like wait() when the target is fenced or closed.
+    // Blocks until ready(), which is looked at whenever a slot fills up; false when the deadline
+    // passed first. Throws like wait() when the target is fenced or closed.
     [[nodiscard]] bool wait_for(const std::function<bool()>& ready, const Deadline& deadline);
     // Makes all waiters look again.
     void wake_waiters() noexcept {

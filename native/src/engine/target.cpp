@@ -216,10 +216,9 @@ std::uint64_t Target::count(std::int64_t counter) const {
 bool Target::wait_for(const std::function<bool()>& ready, const Deadline& deadline) {
     check_open("wait");
     const auto is_over = [&] { return ready() || state_.load() != kOpen; };
-    [[maybe_unused]] const bool is_ready =
-        context_.fabric->wait(port_->board().header().wake, is_over, deadline);
+    const bool is_ready = context_.fabric->wait(port_->board().header().wake, is_over, deadline);
     check_open("wait");
-    return ready();
+    return is_ready;  // not asked again: another thread may have taken what was there
 }
 
 void Target::flush() {

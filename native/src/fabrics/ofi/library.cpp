@@ -14,15 +14,23 @@ using namespace abi;  // NOLINT: names of libfabric
 
 namespace {
 
+// The file that a symbol lies in.
+std::string_view home_of(const void* symbol) {
+    Dl_info info{};
+    return symbol != nullptr && ::dladdr(symbol, &info) != 0 ? info.dli_fname : "";
+}
+
 // A preloaded library that wraps a call comes first, as it would for a linked program.
 template <class Function>
 void resolve(void* handle, Function*& function, const char* name, const char* symbol_version) {
-    void* const first = ::dlsym(RTLD_DEFAULT, name);
-    const bool is_wrapped = first != nullptr && first != ::dlsym(handle, name);
-    void* const found = is_wrapped ? first : ::dlvsym(handle, name, symbol_version);
+    void* found = ::dlvsym(handle, name, symbol_version);
     if (found == nullptr) {
         throw Error(Scope::kConfig, std::string("libfabric has no ") + name + "@" + symbol_version +
                                         "; version 1.17 or newer is needed");
+    }
+    void* const first = ::dlsym(RTLD_DEFAULT, name);
+    if (first != nullptr && home_of(first) != home_of(found)) {
+        found = first;
     }
     std::memcpy(&function, &found, sizeof(found));
 }

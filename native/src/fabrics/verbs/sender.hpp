@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include <weightsync/local_memory.hpp>
 #include <weightsync/send_queue.hpp>
 
 #include "rail.hpp"
