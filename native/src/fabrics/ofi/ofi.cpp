@@ -127,8 +127,9 @@ class OfiFabric final : public Fabric {
             return;
         }
         memory_ = std::make_shared<LocalMemory>(
-            domains.size(), [domains](std::size_t rail, std::uint64_t address,
-                                      std::uint64_t nbytes) -> LocalMemory::Registration {
+            domains.size(),
+            [domains](std::size_t rail, std::uint64_t address,
+                      std::uint64_t nbytes) -> LocalMemory::Registration {
                 if (!domains[rail]) {
                     return {};
                 }
@@ -221,7 +222,8 @@ std::shared_ptr<RemotePort> OfiFabric::connect(std::span<const std::byte> descri
         ranges.push_back({range.arena_offset, range.nbytes, 0});
     }
     info->ranges = RangeTable(std::move(ranges));
-    auto remote = std::make_shared<OfiRemote>(reactor_, memory_, std::move(info), std::move(channel));
+    auto remote =
+        std::make_shared<OfiRemote>(reactor_, memory_, std::move(info), std::move(channel));
     remote->start(rails_, view, deadline);
     return remote;
 }

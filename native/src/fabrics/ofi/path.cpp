@@ -226,8 +226,8 @@ bool SourcePath::post_piece(const Piece& piece) {
             return false;
         }
         result = write(slot, reinterpret_cast<const void*>(piece.source), piece.nbytes,
-                       reinterpret_cast<void*>(desc),
-                       sink_.regions[number], piece.destination - range->arena_offset,
+                       reinterpret_cast<void*>(desc), sink_.regions[number],
+                       piece.destination - range->arena_offset,
                        encode_data(piece.immediate, piece.nbytes, data_bytes_));
         if (result == 0) {
             rail_->bytes_out.fetch_add(piece.nbytes, std::memory_order_relaxed);  // a statistic

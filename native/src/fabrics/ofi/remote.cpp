@@ -24,8 +24,8 @@ Facts facts_of(const RemoteInfo& info) {
 
 }  // namespace
 
-OfiRemote::OfiRemote(net::Reactor& reactor, std::shared_ptr<const LocalMemory> memory, std::shared_ptr<RemoteInfo> info,
-                     std::unique_ptr<net::Channel> channel)
+OfiRemote::OfiRemote(net::Reactor& reactor, std::shared_ptr<const LocalMemory> memory,
+                     std::shared_ptr<RemoteInfo> info, std::unique_ptr<net::Channel> channel)
     : reactor_(reactor),
       memory_(std::move(memory)),
       info_(std::move(info)),

@@ -37,8 +37,7 @@ struct PathSpec {
 class SourcePath final : public Pollable {
   public:
     SourcePath(PathSpec spec, std::weak_ptr<OfiRemote> remote, std::shared_ptr<SendQueue> queue,
-               std::shared_ptr<const RangeTable> ranges,
-               std::shared_ptr<const LocalMemory> memory);
+               std::shared_ptr<const RangeTable> ranges, std::shared_ptr<const LocalMemory> memory);
 
     bool progress() noexcept override;
     [[nodiscard]] Rest rest() noexcept override;
@@ -94,7 +93,7 @@ class SourcePath final : public Pollable {
     std::vector<Slot*> free_slots_;
     const bool is_sink_here_;
     std::optional<MemoryView> memory_;  // nothing where the provider reads any memory
-    std::vector<Piece> pieces_;  // taken
+    std::vector<Piece> pieces_;         // taken
     std::size_t next_piece_ = 0;
     std::size_t num_pieces_ = 0;
     std::size_t hint_ = 0;

@@ -17,8 +17,8 @@ namespace {
 // Deep enough for what arrives between two polls; providers hold back what does not fit.
 constexpr std::size_t kTargetQueue = 2048;
 constexpr std::size_t kBatch = 32;
-constexpr int kBatchesPerTurn = 8;
-constexpr std::chrono::milliseconds kClosePatience = 1s;
+constexpr int kPollsPerTurn = 8;
+constexpr std::chrono::milliseconds kEndPatience = 1s;
 
 // The provider's writers store into our address space themselves.
 bool writes_by_address(const Rail& rail) {
@@ -126,7 +126,7 @@ bool TargetEnd::progress() noexcept {
     }
     std::array<abi::fi_cq_data_entry, kBatch> entries;
     bool has_moved = false;
-    for (int batch = 0; batch < kBatchesPerTurn && !is_broken_ && !is_closing_; ++batch) {
+    for (int batch = 0; batch < kPollsPerTurn && !is_broken_ && !is_closing_; ++batch) {
         const ssize_t count = endpoint_.poll(entries);
         if (is_closing_) {
             break;  // fenced meanwhile: what arrived is void
@@ -327,7 +327,7 @@ bool OfiTarget::shut(FrameType why) noexcept {
 void OfiTarget::close_ends() noexcept {
     for (const auto& end : ends_) {
         end->rail()->remove(*end);
-        if (!end->close(kClosePatience)) {
+        if (!end->close(kEndPatience)) {
             report("the provider of " + end->rail()->domain()->label() +
                    " does not return from a poll; a peer may be stopped inside of it");
         }
