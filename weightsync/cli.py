@@ -47,6 +47,8 @@ bench = typer.Typer(
 )
 app.add_typer(bench)
 
+FABRIC_HELP = "local, tcp, verbs, ofi:tcp, ofi:shm or another provider of libfabric."
+
 
 @app.command()
 def demo(
@@ -100,7 +102,7 @@ def transfer(
     tensors: Annotated[
         int, typer.Option(help="Cut into so many; sizes are mixed above a mean of 1 MiB.")
     ] = 200,
-    fabric: Annotated[str, typer.Option(help="local or tcp.")] = "local",
+    fabric: Annotated[str, typer.Option(help=FABRIC_HELP)] = "local",
     memory: Annotated[
         str, typer.Option(help="Of the sink: shared (sources write) or private (it reads).")
     ] = "shared",
@@ -128,6 +130,46 @@ def transfer(
         return run_transfer(options, console)
 
     execute("bench_transfer", run, as_json=as_json, debug=debug)
+
+
+@bench.command("fabric")
+def bench_fabric(
+    fabric: Annotated[str, typer.Option(help=FABRIC_HELP)] = "local",
+    memory: Annotated[
+        str, typer.Option(help="Of the readers: shared (the fabric's own) or private.")
+    ] = "shared",
+    num_bytes: Annotated[
+        str, typer.Option("--bytes", metavar="SIZE", help="Payload of one measurement.")
+    ] = "256MiB",
+    peers: Annotated[int, typer.Option(help="Readers of the fan-out.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed pairs with the baseline.")] = 5,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Write in every size and manner, check every word, compare with plain means.
+
+    Sweeps the size of writes beside plain copies or sockets, then pages, the rate of small posts,
+    a fan-out to several readers, and the latency of 8 bytes.
+
+    Examples: weightsync bench fabric --fabric tcp; weightsync bench fabric --memory private --json
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.bench.fabric import FabricOptions, run_fabric
+        from weightsync.units import parse_bytes
+
+        if memory not in ("shared", "private"):
+            raise ConfigError(f"--memory {memory}: shared or private")
+        options = FabricOptions(
+            fabric=fabric,
+            memory="shared" if memory == "shared" else "private",
+            nbytes=parse_bytes(num_bytes),
+            peers=peers,
+            repeats=repeats,
+        )
+        return run_fabric(options, console)
+
+    execute("bench_fabric", run, as_json=as_json, debug=debug)
 
 
 @app.command()
