@@ -37,7 +37,6 @@ from weightsync.settings import CA_NAME, CERT_NAME, KEY_NAME, TOKEN_NAME
 __all__ = [
     "CA_KEY_NAME",
     "DEFAULT_DAYS",
-    "LOOPBACK_HOSTS",
     "Certificate",
     "Certs",
     "make_certs",
@@ -54,7 +53,14 @@ _CA_DAYS: Final = 3650
 _BACKDATED: Final = dt.timedelta(hours=1)
 _TOKEN_BYTES: Final = 32
 # Processes beside the coordinator reach it under these.
-LOOPBACK_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
+_LOOPBACK_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
+_FILES: Final = {
+    CA_KEY_NAME: "secret; signs further certificates, no process of a job needs it",
+    CA_NAME: "every host: members verify the coordinator with it",
+    TOKEN_NAME: "secret; every host: who has it may join",
+    CERT_NAME: "the coordinator's host only",
+    KEY_NAME: "secret; the coordinator's host only",
+}
 _DNS_LABEL: Final = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
 _DNS_NAME: Final = re.compile(rf"(?:\*\.)?{_DNS_LABEL}(?:\.{_DNS_LABEL})*", re.IGNORECASE)
 
@@ -76,6 +82,20 @@ class Certificate:
     not_after: dt.datetime
     fingerprint: str
     public_key: bytes
+
+    @property
+    def public_host(self) -> str | None:
+        """The first name or address that other hosts can connect to, as URLs write it."""
+        for host in self.hosts:
+            if host.startswith("*") or host == "localhost":
+                continue
+            try:
+                address = ipaddress.ip_address(host)
+            except ValueError:
+                return host
+            if not address.is_loopback:
+                return f"[{address}]" if address.version == 6 else host
+        return None
 
     def names(self, host: str) -> bool:
         """Whether a client that connects to `host` accepts the certificate."""
@@ -99,12 +119,17 @@ class Certs:
     server: Certificate
     ca: Certificate
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The files and who needs them."""
+        return dict(_FILES)
+
 
 def make_certs(
     folder: str | Path,
     hosts: Sequence[str] = (),
     *,
-    days: int = DEFAULT_DAYS,
+    days: int | None = None,
     force: bool = False,
     now: dt.datetime | None = None,
 ) -> Certs:
@@ -114,7 +139,7 @@ def make_certs(
         folder: Made with mode 0700 if it is not there.
         hosts: DNS names and IP addresses under which members reach the coordinator; none: the name
             of this host. Loopback is always among them.
-        days: For how long the server certificate is valid.
+        days: For how long the server certificate is valid; None: 365.
         force: Replace files that are there; every member then needs the new ca.pem and token.
         now: Start of validity; None: now.
 
@@ -127,11 +152,7 @@ def make_certs(
     began = _moment(now)
     end = _end(began, days, began + dt.timedelta(days=_CA_DAYS))
     _take_folder(folder)
-    taken = [
-        name
-        for name in (CA_KEY_NAME, CA_NAME, TOKEN_NAME, CERT_NAME, KEY_NAME)
-        if os.path.lexists(folder / name)
-    ]
+    taken = [name for name in _FILES if os.path.lexists(folder / name)]
     if taken and not force:
         raise ConfigError(
             f"{folder} holds {', '.join(taken)} already; choose another --dir, renew the server "
@@ -156,7 +177,7 @@ def renew_certs(
     folder: str | Path,
     hosts: Sequence[str] = (),
     *,
-    days: int = DEFAULT_DAYS,
+    days: int | None = None,
     now: dt.datetime | None = None,
 ) -> Certs:
     """Make a new server certificate of the same CA; members keep their ca.pem and token.
@@ -164,7 +185,7 @@ def renew_certs(
     Args:
         folder: Of an earlier `make_certs`.
         hosts: As `make_certs`; none: those of the present certificate.
-        days: For how long it is valid, at most as long as the CA.
+        days: For how long it is valid, at most as long as the CA; None: 365, or what is left.
         now: Start of validity; None: now.
 
     Raises:
@@ -288,7 +309,7 @@ def _general(host: str) -> x509.GeneralName:
 def _checked_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
     """Lower case, addresses in their shortest form, loopback added, no doubles."""
     found: dict[str, None] = {}
-    for host in (*hosts, *LOOPBACK_HOSTS):
+    for host in (*hosts, *_LOOPBACK_HOSTS):
         try:
             address = ipaddress.ip_address(host.strip("[]"))
         except ValueError:
@@ -311,7 +332,9 @@ def _moment(now: dt.datetime | None) -> dt.datetime:
     return (dt.datetime.now(dt.UTC) if now is None else now).replace(microsecond=0)
 
 
-def _end(began: dt.datetime, days: int, ca_end: dt.datetime) -> dt.datetime:
+def _end(began: dt.datetime, days: int | None, ca_end: dt.datetime) -> dt.datetime:
+    if days is None:
+        return min(began + dt.timedelta(days=DEFAULT_DAYS), ca_end)
     if days < 1:
         raise ConfigError(f"days={days}: at least 1")
     left = (ca_end - began).days
@@ -326,9 +349,11 @@ def _summary(certificate: x509.Certificate) -> Certificate:
     hosts: tuple[str, ...] = ()
     with contextlib.suppress(x509.ExtensionNotFound):
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        dns = names.get_values_for_type(x509.DNSName)
-        addresses = names.get_values_for_type(x509.IPAddress)
-        hosts = (*(name.lower() for name in dns), *(str(address) for address in addresses))
+        hosts = tuple(
+            str(name.value).lower()
+            for name in names
+            if isinstance(name, x509.DNSName | x509.IPAddress)
+        )
     return Certificate(
         hosts=hosts,
         not_before=certificate.not_valid_before_utc,
@@ -380,7 +405,7 @@ def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _take_folder(folder: Path) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=False, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except OSError as error:
         raise ConfigError(f"folder {folder}: {error.strerror}") from error

@@ -184,10 +184,11 @@ def _load_token(settings: Settings) -> tuple[Token, Path]:
 
 def _named(path: Path | None, what: str, argument: str, variable: str) -> Path:
     if path is None:
+        elsewhere = f"; {argument}= and ${variable} name another place"
         raise ConfigError(
             f"grpcs:// needs the {what}: run `weightsync certs`, then pass token_file= or set "
-            f"${ENV_TOKEN_FILE}; {CA_NAME} and the others are found beside the token "
-            f"({argument}= or ${variable} name another place)"
+            f"${ENV_TOKEN_FILE}; {CA_NAME} and the others are found beside the token"
+            f"{elsewhere if variable != ENV_TOKEN_FILE else ''}"
         )
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import socket
@@ -15,7 +14,6 @@ from typing import Any, Final, Protocol
 
 import grpc
 
-from weightsync.certs import LOOPBACK_HOSTS, Certificate
 from weightsync.errors import ConfigError
 from weightsync.service.address import CHANNEL_OPTIONS, TcpAddress, UnixAddress, parse_url
 from weightsync.service.credentials import ServerCredentials, Token
@@ -136,7 +134,7 @@ class _TlsListener:
     def __init__(self, address: TcpAddress, credentials: ServerCredentials) -> None:
         self._address, self._credentials = address, credentials
         self._public_host = _public_host(address, credentials)
-        self.url = f"grpcs://{TcpAddress(self._public_host, address.port)}"
+        self.url = f"grpcs://{self._public_host}:{address.port}"
 
     def make_server(self) -> grpc.aio.Server:
         return grpc.aio.server(
@@ -155,7 +153,7 @@ class _TlsListener:
                 f"cannot listen on {self._address}: the port is taken, or the address is none of "
                 "this host's; choose another port, or 0 for a free one"
             ) from error
-        self.url = f"grpcs://{TcpAddress(self._public_host, port)}"
+        self.url = f"grpcs://{self._public_host}:{port}"
         await server.start()
 
     def close(self) -> None:
@@ -216,7 +214,7 @@ class TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gener
 
 
 def _public_host(address: TcpAddress, credentials: ServerCredentials) -> str:
-    """Under which name members connect and accept the certificate."""
+    """Under which name members connect and accept the certificate; as URLs write it."""
     certificate, cert_file = credentials.certificate, credentials.cert_file
     if not address.is_wildcard:
         if not certificate.names(address.host):
@@ -225,25 +223,12 @@ def _public_host(address: TcpAddress, credentials: ServerCredentials) -> str:
                 "member would accept it; run `weightsync certs --renew --host "
                 f"{address.host} --dir {cert_file.parent}`, or listen on one of those"
             )
-        return address.host
-    return _named_host(certificate, cert_file)
-
-
-def _named_host(certificate: Certificate, cert_file: Path) -> str:
+        return f"[{address.host}]" if ":" in address.host else address.host
     name = socket.gethostname()
-    if certificate.names(name):
-        return name
-    for host in certificate.hosts:
-        if host not in LOOPBACK_HOSTS and not host.startswith("*") and not _is_loopback(host):
-            return host
-    raise ConfigError(
-        f"{cert_file} names no host that others could reach; run `weightsync certs --renew --host "
-        f"{name} --dir {cert_file.parent}` with the name under which they do"
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    host = name if certificate.names(name) else certificate.public_host
+    if host is None:
+        raise ConfigError(
+            f"{cert_file} names no host that others could reach; run `weightsync certs --renew "
+            f"--host {name} --dir {cert_file.parent}` with the name under which they do"
+        )
+    return host
