@@ -42,7 +42,7 @@ def demo(environ: dict[str, str], cwd: Path, *arguments: str, status: int) -> di
     "arguments",
     [
         ("--steps", "3"),
-        ("--sources", "3", "--sinks", "2", "--steps", "2"),
+        ("--tls", "--sources", "3", "--sinks", "2", "--steps", "2"),
         ("--model", "qwen3_moe", "--sources", "3", "--mode", "in_place", "--steps", "2"),
     ],
     ids=" ".join,
