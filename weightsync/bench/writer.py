@@ -78,7 +78,10 @@ class _Writer:
         return {}
 
     def disconnect(self) -> Message:
-        """Leave them."""
+        """Leave them, and let nobody answer any more."""
+        if self._answers is not None:
+            self._answers[0].close()
+            self._answers = None
         for remote in self._remotes:
             remote.close()
         self._remotes = []
@@ -138,8 +141,6 @@ class _Writer:
             times.append(time.perf_counter() - start)
             target.reset([0])
             operation.wait(_TIMEOUT_S)
-        target.close()
-        self._answers = None
         return {"seconds": times}
 
     # ---- what it is compared with
