@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from support.chaos import bugs
 from support.simfleet import FAULTS, SimRun
+from weightsync.transport.native import live_object_count, live_objects
 
 IS_LONG = os.environ.get("WEIGHTSYNC_TEST_TIER") == "long"
 SEEDS = range(1000) if IS_LONG else range(40)
@@ -21,8 +23,11 @@ def test_no_schedule_mixes_versions() -> None:
     faults: Counter[str] = Counter()
     decisions: Counter[tuple[str, str]] = Counter()
     happened: Counter[str] = Counter()
+    before = live_object_count()
     for seed in SEEDS:
         result = SimRun(seed).execute()
+        gc.collect()
+        assert live_object_count() <= before, f"seed {seed} left {live_objects()}"
         assert not result.violations, f"seed {seed}: {result.faults}: {result.violations}"
         faults.update(result.faults)
         decisions.update(zip(result.faults, result.decisions, strict=True))
