@@ -260,13 +260,17 @@ bool Endpoint::may_sleep() const noexcept {
     return owner->ops->trywait(owner, &waited, 1) == 0;
 }
 
-void Endpoint::close() noexcept {
+void Endpoint::stop() noexcept {
     if (endpoint_) {
         endpoint_.reset();
         OpenNames& open = open_names();
         const std::lock_guard lock(open.mutex);
         open.names.erase(text_of(name_));
     }
+}
+
+void Endpoint::close() noexcept {
+    stop();
     queue_.reset();
     addresses_.reset();
     wait_fd_ = -1;

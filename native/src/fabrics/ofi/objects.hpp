@@ -133,7 +133,7 @@ class Endpoint {
 
     [[nodiscard]] std::timed_mutex& mutex() noexcept { return mutex_; }
     [[nodiscard]] const std::shared_ptr<Domain>& domain() const noexcept { return domain_; }
-    [[nodiscard]] bool is_open() const noexcept { return static_cast<bool>(endpoint_); }
+    [[nodiscard]] bool is_open() const noexcept { return static_cast<bool>(queue_); }
     [[nodiscard]] abi::fid_ep* get() const noexcept { return endpoint_.get(); }
     // What a peer inserts.
     [[nodiscard]] const std::vector<std::byte>& name() const noexcept { return name_; }
@@ -157,7 +157,10 @@ class Endpoint {
     // False: poll again before waiting for wait_fd().
     [[nodiscard]] bool may_sleep() const noexcept;
 
-    // Nothing that was posted touches memory any more, here or by peers, and no completion comes.
+    // Nothing that was posted touches memory any more, here or by peers; poll() still gives what
+    // had completed.
+    void stop() noexcept;
+    // stop(), and no completion comes.
     void close() noexcept;
 
   private:
