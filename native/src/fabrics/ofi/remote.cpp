@@ -162,7 +162,10 @@ void OfiRemote::on_frame(const net::Frame& frame) {
                       facts_of(*info_)));
             return;
         case FrameType::kRailFenced:
-            on_rail_fenced(decode_frame<RailAttempt>(frame.payload));
+            on_rail_fenced(decode_frame<RailAttempt>(frame.payload), true);
+            return;
+        case FrameType::kRailMoved:
+            on_rail_fenced(decode_frame<RailAttempt>(frame.payload), false);
             return;
         case FrameType::kRefused:
             on_refused(decode_frame<RailAttempt>(frame.payload));
@@ -262,18 +265,24 @@ void OfiRemote::ask_to_fence(Path& path) {
     send(FrameType::kFenceRail, bytes_of(RailAttempt{path.sink_rail, path.sink_attempt}));
 }
 
-void OfiRemote::on_rail_fenced(RailAttempt which) {
-    for (Path& path : paths_) {
+void OfiRemote::on_rail_fenced(RailAttempt which, bool is_ours) {
+    for (std::size_t i = 0; i < paths_.size(); ++i) {
+        Path& path = paths_[i];
         if (path.sink_rail != which.rail || path.sink_attempt > which.attempt || !path.source) {
             continue;
         }
         path.source->release();
-        if (path.health.state() == PathState::kFencing) {
-            path.source.reset();
+        if (path.health.state() != PathState::kFencing) {
+            path.source->retire();  // it is built again as soon as it is closed
+            continue;
+        }
+        path.source.reset();
+        {
             const std::lock_guard lock(mutex_);
-            path.health.fenced(Clock::now());
-        } else {
-            path.source->retire();  // not its fault: it is built again as soon as it is closed
+            is_ours ? path.health.fenced(Clock::now()) : path.health.absolved();
+        }
+        if (!is_ours) {
+            ask_to_open(i);
         }
     }
     end_if_last();

@@ -187,7 +187,8 @@ class OfiRemote final : public RemotePort, public std::enable_shared_from_this<O
     void set_timer();
     void on_path_failed(std::size_t index, const Error& error);
     void ask_to_fence(Path& path);
-    void on_rail_fenced(RailAttempt which);
+    // `is_ours`: because we had asked.
+    void on_rail_fenced(RailAttempt which, bool is_ours);
     void ask_to_open(std::size_t index);
     void on_rail_open(std::size_t rail, TargetView::RailView view);
     void on_refused(RailAttempt which);

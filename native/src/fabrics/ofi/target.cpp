@@ -368,7 +368,7 @@ void OfiTarget::on_frame(Session& session, const net::Frame& frame) {
 // One endpoint serves all sources, so it ends for all of them; the others open the next one at
 // once. Closing takes milliseconds, so it is done on this thread, and once.
 void OfiTarget::fence_rail(Session& session, RailAttempt which) {
-    const auto fenced = static_cast<std::uint8_t>(FrameType::kRailFenced);
+    const auto moved = static_cast<std::uint8_t>(FrameType::kRailMoved);
     std::shared_ptr<TargetEnd> end;
     {
         const std::lock_guard lock(mutex_);
@@ -382,7 +382,7 @@ void OfiTarget::fence_rail(Session& session, RailAttempt which) {
         }
         const RailSlot& slot = slots_[which.rail];
         if (which.attempt < slot.attempt || !slot.end) {
-            session.channel.send(fenced, net::bytes_of(which));
+            session.channel.send(moved, net::bytes_of(which));
             return;
         }
         end = slot.end;
@@ -400,7 +400,9 @@ void OfiTarget::fence_rail(Session& session, RailAttempt which) {
     slot.end.reset();
     const RailAttempt done{which.rail, slot.attempt};
     for (const auto& [id, other] : sessions_) {
-        other->channel.send(fenced, net::bytes_of(done));
+        const bool is_ours = id == session.id;
+        other->channel.send(is_ours ? static_cast<std::uint8_t>(FrameType::kRailFenced) : moved,
+                            net::bytes_of(done));
     }
 }
 

@@ -35,13 +35,14 @@ enum class FrameType : std::uint8_t {
     kClosed = 5,  // sink
     // While the target lives, one rail of it:
     kFenceRail = 6,   // source: RailAttempt; let nothing land there any more
-    kRailFenced = 7,  // sink, to all its sources: RailAttempt; so it is, and for those before it
+    kRailFenced = 7,  // sink: RailAttempt; so it is, and for those before it
     kOpenRail = 8,    // source: RailAttempt that was fenced; give me a later one
     kRailOpen = 9,    // sink: RailFrame and the endpoint's name, as kRail
     kRailKeys = 10,   // sink: RegionFrames, range by range, until all ranges have theirs
     kRefused = 11,    // sink: RailAttempt of the request; it cannot be opened now
     kPing = 12,       // source: PathAttempt that stands still; are you alive?
     kPong = 13,       // sink: the same
+    kRailMoved = 14,  // sink: RailAttempt; as kRailFenced, but another source had asked
 };
 
 struct TargetFrame {
