@@ -70,7 +70,6 @@ bool SourcePath::progress() noexcept {
         return false;
     }
     bool has_moved = outbox_->has_work[index_].exchange(false, std::memory_order_seq_cst);
-    const bool was_proven = is_proven_;
     bool has_reaped = false;
     std::array<std::uint64_t, kBatch> done;
     for (int batch = 0; batch < kBatchesPerTurn; ++batch) {
@@ -117,7 +116,7 @@ bool SourcePath::progress() noexcept {
             news = is_ours_ ? OfiRemote::News::kFatal : OfiRemote::News::kFailed;
         } else if (has_news) {
             // that it was closed
-        } else if (was_proven != is_proven_) {
+        } else if (is_proven_ && !std::exchange(is_told_, true)) {
             has_news = true;
         } else if (std::exchange(is_stalled_, false)) {
             has_news = true;

@@ -120,6 +120,7 @@ class SourcePath final : public Pollable {
     std::optional<Error> failure_;
     bool is_ours_ = false;      // the failure: no other path would fare better
     bool is_reported_ = false;  // the failure
+    bool is_told_ = false;      // that it is proven
     bool is_stalled_ = false;
     Clock::time_point moved_time_{};  // the last completion, or when nothing was in flight
     Clock::time_point asked_time_{};  // when the remote was told that nothing moves
