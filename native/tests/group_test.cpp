@@ -85,11 +85,15 @@ TEST(a_counter_keeps_what_comes_while_it_is_emptied) {
 }
 
 TEST(a_wait_that_was_over_is_not_asked_again) {
-    // Of two receivers the slower one found what it had waited for taken, and called that a timeout.
+    // Of two receivers the slower one found what it had waited for taken: no timeout.
     const Fleet fleet = all_fleets().front();
     const auto memory = fleet.engines[0]->allocate(64, true);
-    const auto target = fleet.engines[0]->export_memory({.ranges = {{address_of(memory), 64}},
-                                                         .slot_chunks = {1}});
+    RangeRequest range;
+    range.nbytes = 64;
+    range.lease = memory->lease();
+    range.block = memory->block();
+    const auto target =
+        fleet.engines[0]->export_target({range}, std::vector<std::int32_t>{1}, 0, 1);
     bool is_there = true;
     const auto take = [&is_there] { return std::exchange(is_there, false); };
     CHECK(target->wait_for(take, Deadline::after(kWait_s)));

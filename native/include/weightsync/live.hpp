@@ -26,8 +26,8 @@ enum class Kind : std::uint8_t {
     kFid,    // an object of libfabric
 };
 inline constexpr std::array<std::string_view, 14> kKindNames = {
-    "engine", "block",  "lease", "target", "remote", "operation", "session", "mapping", "fd",
-    "thread", "wire",   "group", "verbs",  "fid",
+    "engine",  "block", "lease",  "target", "remote", "operation", "session",
+    "mapping", "fd",    "thread", "wire",   "group",  "verbs",     "fid",
 };
 
 namespace detail {

@@ -21,8 +21,8 @@ class LocalMemory : public std::enable_shared_from_this<LocalMemory> {
         std::shared_ptr<void> handle;
         std::uint64_t key = 0;
     };
-    using Register = std::function<Registration(std::size_t rail, std::uint64_t address,
-                                                std::uint64_t nbytes)>;
+    using Register =
+        std::function<Registration(std::size_t rail, std::uint64_t address, std::uint64_t nbytes)>;
     struct Entry {
         std::uint64_t begin = 0;
         std::uint64_t end = 0;

@@ -52,8 +52,8 @@ void Rail::remove(const Pollable& pollable) noexcept {
 }
 
 void Rail::wake() noexcept {
-    // Sequentially consistent against sleep(): either the rail sees the work or we see it asleep.
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    // What there is to do was told by a sequentially consistent store before this: either sleep()
+    // sees it, or we see the rail asleep.
     if (is_sleeping_.load(std::memory_order_seq_cst)) {
         wake_event_.signal();
     }

@@ -19,8 +19,8 @@ namespace {
 // Deep enough for what arrives between two polls; providers hold back what does not fit.
 constexpr std::size_t kTargetQueue = 2048;
 constexpr std::size_t kBatch = 32;
-constexpr int kBatchesPerTurn = 8;
-constexpr std::chrono::milliseconds kClosePatience = 1s;
+constexpr int kPollsPerTurn = 8;
+constexpr std::chrono::milliseconds kEndPatience = 1s;
 
 // The provider's writers store into our address space themselves.
 bool writes_by_address(const Rail& rail) {
@@ -159,7 +159,7 @@ bool TargetEnd::progress() noexcept {
         return false;
     }
     bool has_moved = false;
-    for (int batch = 0; batch < kBatchesPerTurn && !is_broken_ && !is_closing_; ++batch) {
+    for (int batch = 0; batch < kPollsPerTurn && !is_broken_ && !is_closing_; ++batch) {
         if (!take_batch()) {
             break;
         }
@@ -388,7 +388,7 @@ void OfiTarget::fence_rail(Session& session, RailAttempt which) {
         end = slot.end;
     }
     end->keep_arrivals();
-    if (!end->close(kClosePatience)) {
+    if (!end->close(kEndPatience)) {
         return;  // the rail's thread does it; the source asks again
     }
     end->rail()->remove(*end);
@@ -468,7 +468,7 @@ void OfiTarget::close_ends() noexcept {
             continue;
         }
         slot.end->rail()->remove(*slot.end);
-        if (!slot.end->close(kClosePatience)) {
+        if (!slot.end->close(kEndPatience)) {
             report("the provider of " + slot.end->rail()->domain()->label() +
                    " does not return from a poll; a peer may be stopped inside of it");
         }

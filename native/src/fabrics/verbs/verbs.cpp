@@ -73,8 +73,9 @@ class VerbsFabric final : public Fabric {
             domains.push_back(rails_.back()->domain());
         }
         memory_ = std::make_shared<LocalMemory>(
-            domains.size(), [domains](std::size_t rail, std::uint64_t address,
-                                      std::uint64_t nbytes) -> LocalMemory::Registration {
+            domains.size(),
+            [domains](std::size_t rail, std::uint64_t address,
+                      std::uint64_t nbytes) -> LocalMemory::Registration {
                 auto region = std::make_shared<Registration>(domains[rail], address, nbytes,
                                                              Registration::Access::kReadLocally);
                 const std::uint64_t lkey = region->lkey();
