@@ -9,6 +9,7 @@
 #include <cstring>
 #include <set>
 #include <string_view>
+#include <thread>
 
 #include <weightsync/os.hpp>
 
@@ -166,6 +167,17 @@ Endpoint::Endpoint(std::shared_ptr<Domain> domain, std::size_t num_entries)
     OpenNames& open = open_names();
     const std::lock_guard lock(open.mutex);
     open.names.insert(text_of(name_));
+}
+
+std::unique_lock<std::mutex> Endpoint::lock_within(std::chrono::milliseconds patience) {
+    constexpr std::chrono::microseconds kNap{100};
+    const auto until = std::chrono::steady_clock::now() + patience;
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    while (!lock && std::chrono::steady_clock::now() < until) {
+        std::this_thread::sleep_for(kNap);
+        [[maybe_unused]] const bool is_locked = lock.try_lock();
+    }
+    return lock;
 }
 
 bool Endpoint::is_open_here(std::span<const std::byte> name) {

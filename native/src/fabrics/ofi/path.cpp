@@ -372,7 +372,7 @@ void SourcePath::close() noexcept {
     }
     is_closing_ = true;
     {
-        const std::unique_lock lock(endpoint_.mutex(), kClosePatience);
+        const std::unique_lock lock = endpoint_.lock_within(kClosePatience);
         if (!lock) {
             return;
         }

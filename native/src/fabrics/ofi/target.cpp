@@ -201,7 +201,7 @@ void TargetEnd::close_locked() noexcept {
 
 bool TargetEnd::close(std::chrono::milliseconds patience) noexcept {
     is_closing_ = true;
-    const std::unique_lock lock(endpoint_.mutex(), patience);
+    const std::unique_lock lock = endpoint_.lock_within(patience);
     if (!lock) {
         return false;
     }
