@@ -33,6 +33,7 @@ from weightsync.errors import WeightSyncError
 from weightsync.service import selftest
 from weightsync.settings import ENV_JOB, Settings
 from weightsync.transport.fabrics import open_fabric
+from weightsync.transport.ofi import ofi_providers
 from weightsync.transport.verbs import RdmaPort, rdma_ports, verbs_problem
 from weightsync.units import GIB, MIB, format_bytes
 
@@ -99,12 +100,14 @@ class Host:
         environ: Environment variables.
         load: Loads a shared library by name; raises OSError.
         which: Finds a program on the path.
+        providers: Version and providers of libfabric; raises OSError.
     """
 
     root: Path = Path("/")
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     load: Callable[[str], object] = ctypes.CDLL
     which: Callable[[str], str | None] = shutil.which
+    providers: Callable[[], tuple[str, list[str]]] = ofi_providers
 
     def read(self, path: str) -> str | None:
         """Content of a file below the root, stripped; None if it cannot be read."""
@@ -482,17 +485,26 @@ def _cuda(host: Host) -> Iterator[Check]:
         yield Check("CUDA driver", "missing", problem, next_step)
 
 
+def _libfabric(host: Host) -> Check:
+    if (problem := _loads(host, "libfabric.so.1")) is not None:
+        return Check("libfabric", "missing", problem, "apt-get install libfabric1, for ofi fabrics")
+    try:
+        version, providers = host.providers()
+    except OSError as error:
+        return Check("libfabric", "warning", str(error), "run `fi_info`; only ofi fabrics need it")
+    found = f"version {version}; providers {', '.join(providers) or 'none'}"
+    if tuple(int(part) for part in version.split(".")) < (1, 17):
+        return Check("libfabric", "warning", found, "ofi fabrics need version 1.17 or newer")
+    return Check("libfabric", "ok", found)
+
+
 def _rdma(host: Host) -> Iterator[Check]:
     if (problem := _loads(host, "libibverbs.so.1")) is None:
         yield Check("libibverbs", "ok", "loads; fabric verbs uses it")
     else:
         next_step = "apt-get install rdma-core; only fabric verbs needs it"
         yield Check("libibverbs", "missing", problem, next_step)
-    if (problem := _loads(host, "libfabric.so.1")) is None:
-        yield Check("libfabric", "ok", "loads; no fabric of this version uses it")
-    else:
-        next_step = "apt-get install libfabric1, for ofi fabrics in later versions"
-        yield Check("libfabric", "missing", problem, next_step)
+    yield _libfabric(host)
     folder = host.root / "sys/class/infiniband"
     devices = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if devices:

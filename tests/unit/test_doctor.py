@@ -39,7 +39,11 @@ def look(tmp_path: Path, files: Mapping[str, str], **options: Any) -> dict[str, 
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     (tmp_path / "dev/shm").mkdir(parents=True)
-    settings: dict[str, Any] = {"load": lambda name: None, "which": lambda name: f"/bin/{name}"}
+    settings: dict[str, Any] = {
+        "load": lambda name: None,
+        "which": lambda name: f"/bin/{name}",
+        "providers": lambda: ("1.17", ["shm", "tcp"]),
+    }
     host = Host(root=tmp_path, environ={}, **{**settings, **options})
     return {check.name: check for check in examine(host)}
 
@@ -57,6 +61,7 @@ def test_well_equipped_host(tmp_path: Path) -> None:
     assert found["processor"].found.startswith("Test CPU 3000, ")
     assert found["memory"].found == "16.0 GiB of 32.0 GiB available"
     assert found["RDMA devices"].found == "mlx5_0 (ACTIVE)"
+    assert found["libfabric"].found == "version 1.17; providers shm, tcp"
     assert "seccomp filter" in found["reading peers"].found
     assert "ptrace_scope 1" in found["reading peers"].found
 
@@ -69,6 +74,15 @@ def test_bare_host(tmp_path: Path) -> None:
     assert "apt-get install rdma-core" in missing["libibverbs"].next
     assert "apt-get install libfabric1" in missing["libfabric"].next
     assert "apt-get install spin" in missing["spin"].next
+
+
+def test_libfabric_that_is_old_or_silent_is_a_warning(tmp_path: Path) -> None:
+    def silent() -> tuple[str, list[str]]:
+        raise OSError("does not tell")
+
+    old = look(tmp_path / "old", {}, providers=lambda: ("1.9", ["tcp"]))["libfabric"]
+    assert (old.status, old.next) == ("warning", "ofi fabrics need version 1.17 or newer")
+    assert look(tmp_path / "silent", {}, providers=silent)["libfabric"].status == "warning"
 
 
 def test_every_problem_has_a_next_step(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ namespace weightsync {
 //   kActive --fail--> kFencing --fenced--> kQuarantined --begin_probe--> kProbing --succeed-->
 //   kActive kProbing --fail--> kFencing; kQuarantined --probe_failed--> kQuarantined
 //
+// kFencing --absolved--> kActive.
+//
 // kFencing: the sink was asked to see to it that nothing of the path can land any more; what it
 // held stays with it until the sink has answered. kProbing: one small piece at a time.
 enum class PathState : std::uint8_t { kActive, kFencing, kQuarantined, kProbing };
@@ -55,6 +57,12 @@ class PathHealth {
     void fenced(Time now) noexcept {
         if (state_ == PathState::kFencing) {
             begin_quarantine(now);
+        }
+    }
+    // It was ended for the sake of another path: it is built anew at once.
+    void absolved() noexcept {
+        if (state_ == PathState::kFencing) {
+            state_ = PathState::kActive;
         }
     }
     // The path is built anew; returns the number of this attempt.

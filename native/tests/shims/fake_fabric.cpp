@@ -19,7 +19,18 @@ fi_ops_cq cq_ops{};
 fi_ops_rma rma_ops{};
 fid_domain domain{};
 
+void connect() {
+    fid_ep* made = nullptr;
+    domain.ops->endpoint(&domain, nullptr, &made, nullptr);
+    fake.is_connection_untouched = made->fid.ops == &endpoint_ops;
+    made->fid.ops->bind(&made->fid, &fake.connects_by->fid, FI_TRANSMIT);
+    made->fid.ops->close(&made->fid);
+}
+
 ssize_t add(Posted posted) {
+    if (fake.connects_by != nullptr) {
+        connect();
+    }
     if (fake.num_busy > 0) {
         --fake.num_busy;
         return -EAGAIN;

@@ -22,6 +22,9 @@ struct Fake {
     int num_reads = 0;
     void* refused = nullptr;  // the write of this context fails
     bool is_inner_untouched = false;
+    // As `net` does: each write opens an endpoint of the same domain and binds it to this queue.
+    fi::fid_cq* connects_by = nullptr;
+    bool is_connection_untouched = false;
 };
 
 extern Fake fake;

@@ -261,18 +261,20 @@ struct Fabric {
 };
 
 int on_endpoint(fid_domain* domain, fi_info* info, fid_ep** ep, void* context) {
+    const bool is_outermost = depth == 0;
     const Inside inside;
     const int result = owner_of<Domain>(domain->ops).ops->endpoint(domain, info, ep, context);
-    if (result == 0 && (*ep)->rma != nullptr) {
+    if (result == 0 && is_outermost && (*ep)->rma != nullptr) {
         new Endpoint(*ep);  // deleted by on_endpoint_close
     }
     return result;
 }
 
 int on_cq_open(fid_domain* domain, fi_cq_attr* attr, fid_cq** cq, void* context) {
+    const bool is_outermost = depth == 0;
     const Inside inside;
     const int result = owner_of<Domain>(domain->ops).ops->cq_open(domain, attr, cq, context);
-    if (result == 0) {
+    if (result == 0 && is_outermost) {
         new Queue(*cq);  // deleted by on_queue_close
     }
     return result;

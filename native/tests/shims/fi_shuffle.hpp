@@ -28,8 +28,9 @@ inline std::uint64_t setting(const char* name, std::uint64_t otherwise) {
     return text != nullptr && *text != '\0' ? std::strtoull(text, nullptr, 10) : otherwise;
 }
 
-// Providers such as ofi_rxm open providers below them through the same functions. Those stay as
-// they are: writes are shuffled once, where the application posts them.
+// Providers such as ofi_rxm open providers below them through the same functions, and `net` opens
+// an endpoint of its own domain for each connection, in the middle of a write. Those stay as they
+// are: writes are shuffled once, where the application posts them.
 inline thread_local int depth = 0;
 struct Inside {
     Inside() { ++depth; }

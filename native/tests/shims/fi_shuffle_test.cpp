@@ -206,6 +206,16 @@ void test_closing_drops_what_is_held_and_nothing_else() {
     CHECK(order() == std::vector<std::uint64_t>{0});
 }
 
+void test_a_provider_may_open_endpoints_while_it_writes() {
+    Rig rig;
+    fake.connects_by = rig.cq;
+    for (std::uint64_t i = 0; i < 2 * kWindow; ++i) {
+        CHECK(rig.write(i) == 0);  // was a deadlock: the queue is locked while held writes pass
+    }
+    CHECK(rig.read_all().size() == 2 * kWindow);
+    CHECK(fake.is_connection_untouched);
+}
+
 void test_counts() {
     using Counts = void (*)(std::uint64_t*, std::uint64_t*);
     // RTLD_NEXT: the library after ours, which is the shim, whoever passes the question on.
@@ -232,6 +242,7 @@ int main(int argc, char** argv) {
     test_a_late_refusal_is_an_error_entry();
     test_messages_keep_flags_and_fences_wait();
     test_closing_drops_what_is_held_and_nothing_else();
+    test_a_provider_may_open_endpoints_while_it_writes();
     test_counts();
-    std::puts("fi_shuffle: 7 tests passed");
+    std::puts("fi_shuffle: 8 tests passed");
 }

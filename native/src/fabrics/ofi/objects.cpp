@@ -9,6 +9,7 @@
 #include <cstring>
 #include <set>
 #include <string_view>
+#include <thread>
 
 #include <weightsync/os.hpp>
 
@@ -168,6 +169,17 @@ Endpoint::Endpoint(std::shared_ptr<Domain> domain, std::size_t num_entries)
     open.names.insert(text_of(name_));
 }
 
+std::unique_lock<std::mutex> Endpoint::lock_within(std::chrono::milliseconds patience) {
+    constexpr std::chrono::microseconds kNap{100};
+    const auto until = std::chrono::steady_clock::now() + patience;
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    while (!lock && std::chrono::steady_clock::now() < until) {
+        std::this_thread::sleep_for(kNap);
+        [[maybe_unused]] const bool is_locked = lock.try_lock();
+    }
+    return lock;
+}
+
 bool Endpoint::is_open_here(std::span<const std::byte> name) {
     OpenNames& open = open_names();
     const std::lock_guard lock(open.mutex);
@@ -260,13 +272,17 @@ bool Endpoint::may_sleep() const noexcept {
     return owner->ops->trywait(owner, &waited, 1) == 0;
 }
 
-void Endpoint::close() noexcept {
+void Endpoint::stop() noexcept {
     if (endpoint_) {
         endpoint_.reset();
         OpenNames& open = open_names();
         const std::lock_guard lock(open.mutex);
         open.names.erase(text_of(name_));
     }
+}
+
+void Endpoint::close() noexcept {
+    stop();
     queue_.reset();
     addresses_.reset();
     wait_fd_ = -1;

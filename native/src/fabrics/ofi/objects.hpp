@@ -2,6 +2,7 @@
 // dropped cannot be wrong, and each is counted.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -126,14 +127,17 @@ struct CompletionError {
 // lock(): hold it around every other call.
 class Endpoint {
   public:
+    // Tries for so long. Not a timed mutex: thread sanitizers do not see it lock.
+    [[nodiscard]] std::unique_lock<std::mutex> lock_within(std::chrono::milliseconds patience);
+
     Endpoint(std::shared_ptr<Domain> domain, std::size_t num_entries);
     ~Endpoint() { close(); }
     Endpoint(const Endpoint&) = delete;
     Endpoint& operator=(const Endpoint&) = delete;
 
-    [[nodiscard]] std::timed_mutex& mutex() noexcept { return mutex_; }
+    [[nodiscard]] std::mutex& mutex() noexcept { return mutex_; }
     [[nodiscard]] const std::shared_ptr<Domain>& domain() const noexcept { return domain_; }
-    [[nodiscard]] bool is_open() const noexcept { return static_cast<bool>(endpoint_); }
+    [[nodiscard]] bool is_open() const noexcept { return static_cast<bool>(queue_); }
     [[nodiscard]] abi::fid_ep* get() const noexcept { return endpoint_.get(); }
     // What a peer inserts.
     [[nodiscard]] const std::vector<std::byte>& name() const noexcept { return name_; }
@@ -157,7 +161,10 @@ class Endpoint {
     // False: poll again before waiting for wait_fd().
     [[nodiscard]] bool may_sleep() const noexcept;
 
-    // Nothing that was posted touches memory any more, here or by peers, and no completion comes.
+    // Nothing that was posted touches memory any more, here or by peers; poll() still gives what
+    // had completed.
+    void stop() noexcept;
+    // stop(), and no completion comes.
     void close() noexcept;
 
   private:
@@ -165,7 +172,7 @@ class Endpoint {
     void set_options() const;
 
     std::shared_ptr<Domain> domain_;
-    std::timed_mutex mutex_;
+    std::mutex mutex_;
     int wait_fd_ = -1;
     // Closed in reverse.
     Fid<abi::fid_av> addresses_;

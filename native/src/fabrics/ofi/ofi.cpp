@@ -3,6 +3,9 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <array>
+#include <mutex>
+#include <optional>
 #include <set>
 
 #include <weightsync/fabrics.hpp>
@@ -157,7 +160,7 @@ class OfiFabric final : public Fabric {
             const std::uint64_t out = rail.bytes_out.load();
             infos.push_back({.name = "ofi" + std::to_string(i),
                              .address = rail.domain()->label(),
-                             .state = rail.is_idle() ? "idle" : "active",
+                             .state = state_of(i),
                              .bytes_out = out,
                              .bytes_in = rail.bytes_in.load(),
                              .outstanding = out - std::min(out, rail.bytes_done.load())});
@@ -178,13 +181,66 @@ class OfiFabric final : public Fabric {
     }
 
   private:
+    [[nodiscard]] std::string state_of(std::size_t rail);
+    [[nodiscard]] static UniqueFd dial(const Descriptor& sink, const net::Hello& hello,
+                                       const std::string& label, const Deadline& deadline);
+
     EngineContext& context_;
     const std::string name_;
     net::Reactor reactor_;
     net::Listener listener_;
     std::vector<std::shared_ptr<Rail>> rails_;
     std::shared_ptr<LocalMemory> memory_;  // null where no provider wants it
+    std::mutex mutex_;
+    std::vector<std::weak_ptr<OfiRemote>> remotes_;
 };
+
+// The worst state of a path over it; a rail that only receives is active.
+std::string OfiFabric::state_of(std::size_t rail) {
+    std::vector<std::shared_ptr<OfiRemote>> remotes;
+    {
+        const std::lock_guard lock(mutex_);
+        for (const auto& known : remotes_) {
+            if (auto remote = known.lock()) {
+                remotes.push_back(std::move(remote));
+            }
+        }
+    }
+    constexpr std::array<std::string_view, 5> kFromGoodToBad = {"idle", "active", "probing",
+                                                                "quarantined", "fencing"};
+    std::string_view worst = rails_[rail]->is_idle() ? "idle" : "active";
+    for (const auto& remote : remotes) {
+        const std::string_view state = remote->state_of(rail);
+        if (std::ranges::find(kFromGoodToBad, state) > std::ranges::find(kFromGoodToBad, worst)) {
+            worst = state;
+        }
+    }
+    return std::string(worst);
+}
+
+// Over the first address that answers.
+UniqueFd OfiFabric::dial(const Descriptor& sink, const net::Hello& hello, const std::string& label,
+                         const Deadline& deadline) {
+    constexpr std::chrono::seconds kDialTime{5};
+    std::optional<Error> first;
+    for (std::size_t i = 0; i < sink.endpoints.size(); ++i) {
+        const bool is_last = i + 1 == sink.endpoints.size();
+        const auto share = std::chrono::duration<double>(deadline.remaining(kDialTime)) / 2;
+        const net::Patience patience{is_last ? deadline : Deadline::after(share.count())};
+        try {
+            return net::dial(sink.endpoints[i], std::nullopt, hello, sink.key, label, patience);
+        } catch (const Error& error) {
+            const Scope scope = error.scope();
+            if (scope != Scope::kPeer && scope != Scope::kRail && scope != Scope::kTimeout) {
+                throw;
+            }
+            if (!first || scope == Scope::kTimeout) {
+                first = error;
+            }
+        }
+    }
+    throw Error(*first);
+}
 
 std::shared_ptr<RemotePort> OfiFabric::connect(std::span<const std::byte> descriptor,
                                                const Deadline& deadline) {
@@ -202,8 +258,7 @@ std::shared_ptr<RemotePort> OfiFabric::connect(std::span<const std::byte> descri
     hello.target_id = sink.target_id;
     hello.generation = sink.generation;
     hello.session = random_u64();
-    auto channel = std::make_unique<net::Channel>(
-        net::dial(endpoint, std::nullopt, hello, sink.key, info->peer, patience));
+    auto channel = std::make_unique<net::Channel>(dial(sink, hello, info->peer, deadline));
     TargetReader reader;
     for (bool is_whole = false; !is_whole;) {
         const net::Frame frame = channel->next(patience, info->peer);
@@ -215,16 +270,19 @@ std::shared_ptr<RemotePort> OfiFabric::connect(std::span<const std::byte> descri
         }
         is_whole = reader.take(frame.type, frame.payload);
     }
-    const auto view = std::make_shared<const TargetView>(reader.finish());
-    info->chunk_bits = view->chunk_bits;
+    const TargetView view = reader.finish();
+    info->chunk_bits = view.chunk_bits;
     std::vector<Range> ranges;
-    for (const RangeFrame& range : view->ranges) {
+    for (const RangeFrame& range : view.ranges) {
         ranges.push_back({range.arena_offset, range.nbytes, 0});
     }
     info->ranges = RangeTable(std::move(ranges));
     auto remote =
-        std::make_shared<OfiRemote>(reactor_, memory_, std::move(info), std::move(channel));
-    remote->start(rails_, view, deadline);
+        std::make_shared<OfiRemote>(reactor_, rails_, memory_, std::move(info), std::move(channel));
+    remote->start(view, deadline);
+    const std::lock_guard lock(mutex_);
+    std::erase_if(remotes_, [](const auto& known) { return known.expired(); });
+    remotes_.push_back(remote);
     return remote;
 }
 

@@ -21,8 +21,9 @@ constexpr int kBatchesPerTurn = 8;
 constexpr std::chrono::milliseconds kClosePatience = 200ms;
 // A sink in this process answers within one poll, unless it is closed just now.
 constexpr double kDrainS = 1.0;
-// How long a broken write waits for the control connection to name the cause.
-constexpr double kSuspicionS = 2.0;
+// No write completes for so long: longer than a large one takes over a slow network.
+constexpr std::chrono::seconds kStall{4};
+constexpr std::chrono::seconds kAskAgain{1};
 
 std::size_t num_slots(const Domain& domain) {
     return std::clamp<std::size_t>(domain.max_writes(), 1, kMaxWrites);
@@ -31,27 +32,24 @@ std::size_t num_slots(const Domain& domain) {
 }  // namespace
 
 SourcePath::SourcePath(PathSpec spec, std::weak_ptr<OfiRemote> remote,
-                       std::shared_ptr<SendQueue> queue, std::shared_ptr<const RangeTable> ranges,
-                       std::shared_ptr<const LocalMemory> memory)
+                       std::shared_ptr<Outbox> outbox)
     : index_(spec.index),
+      number_(spec.number),
       rail_(std::move(spec.rail)),
-      rail_index_(spec.rail_index),
-      view_(std::move(spec.view)),
-      sink_(view_->rails[spec.sink_rail]),
+      sink_(std::move(spec.sink)),
       peer_label_(std::move(spec.peer)),
       rail_label_(rail_->domain()->label()),
       remote_(std::move(remote)),
-      queue_(std::move(queue)),
-      ranges_(std::move(ranges)),
-      data_bytes_(std::min<std::uint64_t>(sink_.data_bytes,
+      outbox_(std::move(outbox)),
+      data_bytes_(std::min<std::uint64_t>(sink_->data_bytes,
                                           rail_->domain()->info()->domain_attr->cq_data_size)),
       endpoint_(rail_->domain(), 2 * num_slots(*rail_->domain())),
       slots_(num_slots(*rail_->domain())),
-      is_sink_here_(rail_->domain()->provider() == "shm" && Endpoint::is_open_here(sink_.name)),
+      is_sink_here_(rail_->domain()->provider() == "shm" && Endpoint::is_open_here(sink_->name)),
       pieces_(kMaxSubmit) {
-    peer_ = endpoint_.insert(sink_.name);
-    if (memory != nullptr) {
-        memory_.emplace(std::move(memory), rail_index_);
+    peer_ = endpoint_.insert(sink_->name);
+    if (outbox_->memory != nullptr) {
+        memory_.emplace(outbox_->memory, spec.rail_index);
     }
     if (rail_->domain()->needs_local_regions()) {
         zeros_region_ = std::make_unique<Region>(rail_->domain(),
@@ -64,16 +62,15 @@ SourcePath::SourcePath(PathSpec spec, std::weak_ptr<OfiRemote> remote,
     for (Slot& slot : slots_) {
         free_slots_.push_back(&slot);
     }
-}
-
-void SourcePath::wake() noexcept {
-    is_woken_.store(true, std::memory_order_seq_cst);
-    rail_->wake();
+    outbox_->has_work[index_].store(true);
 }
 
 bool SourcePath::progress() noexcept {
-    bool has_moved = is_woken_.exchange(false, std::memory_order_seq_cst);
-    const bool was_proven = is_proven_;
+    if (is_closed_) {
+        return false;
+    }
+    bool has_moved = outbox_->has_work[index_].exchange(false, std::memory_order_seq_cst);
+    bool has_reaped = false;
     std::array<std::uint64_t, kBatch> done;
     for (int batch = 0; batch < kBatchesPerTurn; ++batch) {
         std::size_t num_done = 0;
@@ -83,41 +80,79 @@ bool SourcePath::progress() noexcept {
                 break;
             }
         }
-        has_moved = true;
+        has_reaped = true;
         // Without the lock: operations finish in there.
-        queue_->complete(index_, std::span(done).first(num_done));
+        outbox_->queue->complete(index_, std::span(done).first(num_done));
     }
-    bool is_over = false;
+    has_moved |= has_reaped;
+    auto news = OfiRemote::News::kProven;
+    bool has_news = false;
     std::optional<Error> failure;
     {
         const std::unique_lock lock(endpoint_.mutex(), std::try_to_lock);
         if (!lock || !endpoint_.is_open()) {
             return false;
         }
-        if (is_closing_) {
-            close_locked();
-            is_over = true;
-        } else if (!suspicion_) {
+        if (!is_closing_ && !failure_) {
+            look_for_stall(has_reaped);
+        }
+        if (!is_closing_ && !failure_) {
             has_moved |= post_all();
-        } else if (suspected_until_.passed()) {
-            failure = std::move(suspicion_);
-            suspicion_.reset();
-            suspected_until_ = Deadline::never();
+        }
+        if (failure_ && !is_reported_) {
+            is_reported_ = true;
+            failure = failure_;
+        }
+        // In the sink's own process its provider may still answer: see drain().
+        if (is_closing_ || (failure && !is_sink_here_)) {
+            // Here and nowhere else while the remote lives: what was completed above is known to
+            // the queue before anything is sent again.
+            close_locked();
+            has_news = true;
+            news = OfiRemote::News::kClosed;
+        }
+        if (failure) {
+            has_news = true;
+            news = is_ours_ ? OfiRemote::News::kFatal : OfiRemote::News::kFailed;
+        } else if (has_news) {
+            // that it was closed
+        } else if (is_proven_ && !std::exchange(is_told_, true)) {
+            has_news = true;
+        } else if (std::exchange(is_stalled_, false)) {
+            has_news = true;
+            news = OfiRemote::News::kStalled;
         }
     }
-    if (failure || was_proven != is_proven_) {
-        if (const auto remote = remote_.lock()) {
-            if (failure) {
-                remote->fail(*failure);
-            } else {
-                remote->on_change();
-            }
-        }
-    }
-    if (is_over) {
+    if (is_closed_) {
         rail_->remove(*this);
+        give_back_if_over();
+    }
+    if (has_news) {
+        if (const auto remote = remote_.lock()) {
+            remote->tell(index_, number_, news, std::move(failure));
+        }
     }
     return has_moved;
+}
+
+void SourcePath::look_for_stall(bool has_reaped) {
+    if (has_reaped || free_slots_.size() == slots_.size()) {
+        moved_time_ = {};
+        is_condemned_ = false;
+        return;
+    }
+    const Clock::time_point now = Clock::now();
+    if (moved_time_ == Clock::time_point{}) {
+        moved_time_ = now;
+        asked_time_ = now;
+    } else if (now - moved_time_ > kStall) {
+        if (is_condemned_.exchange(false)) {
+            fail_write("nothing moves, while the peer answers another way");
+        } else if (now - asked_time_ > kAskAgain) {
+            asked_time_ = now;
+            is_stalled_ = true;
+        }
+    }
 }
 
 bool SourcePath::reap(std::array<std::uint64_t, kBatch>& done, std::size_t& num_done) {
@@ -151,35 +186,37 @@ bool SourcePath::reap(std::array<std::uint64_t, kBatch>& done, std::size_t& num_
 }
 
 void SourcePath::fail_write(const std::string& text) {
-    if (suspicion_ || is_closing_) {
+    if (failure_ || is_closing_) {
         return;
     }
-    suspicion_.emplace(Scope::kRail,
-                       "a write to " + peer_label_ + " over rail " + rail_label_ +
-                           " failed: " + text + "; what was in flight may or may not have landed",
-                       Facts{{"peer", peer_label_}, {"rail", rail_label_}});
-    suspected_until_ = Deadline::after(kSuspicionS);
-    queue_->leave(index_);
+    failure_.emplace(Scope::kRail,
+                     "a write to " + peer_label_ + " over rail " + rail_label_ +
+                         " failed: " + text + "; what was in flight may or may not have landed",
+                     Facts{{"peer", peer_label_}, {"rail", rail_label_}});
+    outbox_->queue->leave(index_);
 }
 
 bool SourcePath::post_all() {
     if (is_draining_) {
         return false;
     }
-    if (!is_probed_ && !post_probe()) {
+    if (!is_probed_) {
+        return post_probe();
+    }
+    if (!is_proven_) {
         return false;
     }
     bool has_moved = false;
     for (;;) {
         if (next_piece_ == num_pieces_) {
-            const std::uint64_t outstanding = queue_->outstanding_bytes(index_);
+            const std::uint64_t outstanding = outbox_->queue->outstanding_bytes(index_);
             if (outstanding >= kWindowBytes || free_slots_.empty()) {
                 return has_moved;
             }
             next_piece_ = 0;
-            num_pieces_ =
-                queue_->take(index_, kWindowBytes - outstanding,
-                             std::span(pieces_).first(std::min(kMaxSubmit, free_slots_.size())));
+            num_pieces_ = outbox_->queue->take(
+                index_, kWindowBytes - outstanding,
+                std::span(pieces_).first(std::min(kMaxSubmit, free_slots_.size())));
             if (num_pieces_ == 0) {
                 return has_moved;
             }
@@ -203,7 +240,7 @@ bool SourcePath::post_all() {
 bool SourcePath::post_probe() {
     is_probed_ =
         write(*free_slots_.back(), zeros_.data(), kScratchBytes,
-              zeros_region_ ? zeros_region_->desc() : nullptr, sink_.scratch, 0, kProbeData) == 0;
+              zeros_region_ ? zeros_region_->desc() : nullptr, sink_->scratch, 0, kProbeData) == 0;
     return is_probed_;
 }
 
@@ -214,19 +251,20 @@ bool SourcePath::post_piece(const Piece& piece) {
     ssize_t result = 0;
     if (piece.nbytes == 0) {
         result = write(slot, zeros_.data(), kScratchBytes,
-                       zeros_region_ ? zeros_region_->desc() : nullptr, sink_.scratch, 0,
+                       zeros_region_ ? zeros_region_->desc() : nullptr, sink_->scratch, 0,
                        encode_data(piece.immediate, 0, data_bytes_));
     } else {
-        const Range* range = ranges_->find(piece.destination, piece.nbytes, hint_);
-        const auto number = static_cast<std::size_t>(range - ranges_->ranges().data());
+        const Range* range = outbox_->ranges->find(piece.destination, piece.nbytes, hint_);
+        const auto number = static_cast<std::size_t>(range - outbox_->ranges->ranges().data());
         std::uint64_t desc = 0;
         if (memory_ && !memory_->find(piece.source, piece.nbytes, desc)) {
             slot.id = 0;
+            is_ours_ = true;
             fail_write("its source is not registered");
             return false;
         }
         result = write(slot, reinterpret_cast<const void*>(piece.source), piece.nbytes,
-                       reinterpret_cast<void*>(desc), sink_.regions[number],
+                       reinterpret_cast<void*>(desc), sink_->regions[number],
                        piece.destination - range->arena_offset,
                        encode_data(piece.immediate, piece.nbytes, data_bytes_));
         if (result == 0) {
@@ -265,13 +303,13 @@ Pollable::Rest SourcePath::rest() noexcept {
         rest.is_expecting = false;
         return rest;
     }
-    const bool is_waiting = free_slots_.size() < slots_.size() || next_piece_ < num_pieces_ ||
-                            suspicion_ || !is_probed_;
+    const bool is_waiting =
+        free_slots_.size() < slots_.size() || next_piece_ < num_pieces_ || !is_probed_;
     // What the provider did not take is tried again after a nap: no descriptor tells.
     rest.wait_fd = is_blocked_ ? -1 : endpoint_.wait_fd();
     rest.is_expecting = is_waiting || rest.wait_fd >= 0;
-    rest.may_sleep =
-        !is_woken_.load(std::memory_order_seq_cst) && (rest.wait_fd < 0 || endpoint_.may_sleep());
+    rest.may_sleep = !outbox_->has_work[index_].load(std::memory_order_seq_cst) && !is_closing_ &&
+                     (rest.wait_fd < 0 || endpoint_.may_sleep());
     return rest;
 }
 
@@ -286,7 +324,29 @@ void SourcePath::close_locked() noexcept {
             rail_->bytes_done.fetch_add(slot.nbytes, std::memory_order_relaxed);
         }
     }
-    queue_->give_back(index_);
+    outbox_->queue->leave(index_);
+    is_closed_ = true;
+}
+
+void SourcePath::give_back_if_over() noexcept {
+    if (is_closed_ && is_released_ && !has_given_back_.exchange(true)) {
+        outbox_->queue->give_back(index_);
+    }
+}
+
+void SourcePath::release() noexcept {
+    is_released_ = true;
+    give_back_if_over();
+}
+
+void SourcePath::retire() noexcept {
+    is_closing_ = true;
+    rail_->wake();
+}
+
+void SourcePath::condemn() noexcept {
+    is_condemned_ = true;
+    rail_->wake();
 }
 
 void SourcePath::drain() noexcept {
@@ -294,7 +354,7 @@ void SourcePath::drain() noexcept {
     // closed. So the sink, which lives as we do, gets to answer first.
     is_draining_ = true;
     const Deadline deadline = Deadline::after(kDrainS);
-    while (!deadline.passed() && Endpoint::is_open_here(sink_.name)) {
+    while (!deadline.passed() && Endpoint::is_open_here(sink_->name)) {
         [[maybe_unused]] const bool has_moved = progress();
         {
             const std::unique_lock lock(endpoint_.mutex(), std::try_to_lock);
@@ -312,13 +372,14 @@ void SourcePath::close() noexcept {
     }
     is_closing_ = true;
     {
-        const std::unique_lock lock(endpoint_.mutex(), kClosePatience);
+        const std::unique_lock lock = endpoint_.lock_within(kClosePatience);
         if (!lock) {
             return;
         }
         close_locked();
     }
     rail_->remove(*this);
+    give_back_if_over();
 }
 
 }  // namespace weightsync::ofi

@@ -8,6 +8,8 @@
 #include <array>
 #include <cerrno>
 
+#include "../../net/handshake.hpp"
+
 namespace weightsync::ofi {
 
 using namespace std::chrono_literals;
@@ -119,36 +121,49 @@ void TargetEnd::arrive(std::span<const abi::fi_cq_data_entry> entries) noexcept 
     rail_->bytes_in.fetch_add(tally.bytes, std::memory_order_relaxed);  // a statistic
 }
 
+bool TargetEnd::take_batch() noexcept {
+    std::array<abi::fi_cq_data_entry, kBatch> entries;
+    const ssize_t count = endpoint_.poll(entries);
+    if (is_closing_ && !keeps_arrivals_) {
+        return false;  // fenced meanwhile: what arrived is void
+    }
+    if (count > 0) {
+        arrive(std::span(entries).first(static_cast<std::size_t>(count)));
+        return true;
+    }
+    if (count == -abi::FI_EAVAIL) {
+        // A peer that went away or wrote what it must not: its business. It finds out by its own
+        // completions.
+        [[maybe_unused]] const auto error = endpoint_.next_error();
+        Tally tally;
+        tally.unknown = 1;
+        board_->account(tally);
+        return true;
+    }
+    if (count < 0) {
+        is_broken_ = true;
+        report("the completion queue of " + rail_->domain()->label() +
+               " is broken: " + library().strerror(static_cast<int>(-count)));
+    }
+    return false;
+}
+
+void TargetEnd::take_rest() noexcept {
+    for (std::size_t batch = 0; batch < kTargetQueue && !is_broken_ && take_batch(); ++batch) {
+    }
+}
+
 bool TargetEnd::progress() noexcept {
     const std::unique_lock lock(endpoint_.mutex(), std::try_to_lock);
     if (!lock || !endpoint_.is_open()) {
         return false;
     }
-    std::array<abi::fi_cq_data_entry, kBatch> entries;
     bool has_moved = false;
     for (int batch = 0; batch < kPollsPerTurn && !is_broken_ && !is_closing_; ++batch) {
-        const ssize_t count = endpoint_.poll(entries);
-        if (is_closing_) {
-            break;  // fenced meanwhile: what arrived is void
-        }
-        if (count > 0) {
-            arrive(std::span(entries).first(static_cast<std::size_t>(count)));
-            has_moved = true;
-        } else if (count == -abi::FI_EAVAIL) {
-            // A peer that went away or wrote what it must not: its business. It finds out by its
-            // own completions.
-            [[maybe_unused]] const auto error = endpoint_.next_error();
-            Tally tally;
-            tally.unknown = 1;
-            board_->account(tally);
-            has_moved = true;
-        } else if (count < 0) {
-            is_broken_ = true;
-            report("the completion queue of " + rail_->domain()->label() +
-                   " is broken: " + library().strerror(static_cast<int>(-count)));
-        } else {
+        if (!take_batch()) {
             break;
         }
+        has_moved = true;
     }
     if (is_closing_) {
         close_locked();
@@ -173,12 +188,20 @@ Pollable::Rest TargetEnd::rest() noexcept {
 void TargetEnd::close_locked() noexcept {
     // First the keys, then whatever has begun with them.
     regions_.clear();
+    if (keeps_arrivals_ && endpoint_.is_open()) {
+        // What was acknowledged is never sent again, so it must be marked. Before the endpoint
+        // goes, for hardware that forgets its completions with it; and after, for what came in
+        // between.
+        take_rest();
+        endpoint_.stop();
+        take_rest();
+    }
     endpoint_.close();
 }
 
 bool TargetEnd::close(std::chrono::milliseconds patience) noexcept {
     is_closing_ = true;
-    const std::unique_lock lock(endpoint_.mutex(), patience);
+    const std::unique_lock lock = endpoint_.lock_within(patience);
     if (!lock) {
         return false;
     }
@@ -207,14 +230,13 @@ OfiTarget::OfiTarget(EngineContext& context, net::Reactor& reactor, net::Listene
     std::ranges::sort(spec_.exported, {}, &ExportedRange::arena_offset);
     const bool by_address =
         std::ranges::any_of(rails_, [](const auto& rail) { return writes_by_address(*rail); });
-    std::vector<std::uint64_t> addresses;
     std::vector<ExportedRange> ranges = spec_.exported;
     ranges.push_back({.nbytes = kScratchBytes,
                       .address = reinterpret_cast<std::uint64_t>(scratch_->data()),
                       .block = scratch_});
     for (const ExportedRange& range : ranges) {
         if (!by_address) {
-            addresses.push_back(range.address);
+            addresses_.push_back(range.address);
             continue;
         }
         if (!range.block) {
@@ -231,10 +253,11 @@ OfiTarget::OfiTarget(EngineContext& context, net::Reactor& reactor, net::Listene
             known = blocks_.end() - 1;
         }
         const auto& alias = aliases_[static_cast<std::size_t>(known - blocks_.begin())];
-        addresses.push_back(reinterpret_cast<std::uint64_t>(alias->data()) + range.block_offset);
+        addresses_.push_back(reinterpret_cast<std::uint64_t>(alias->data()) + range.block_offset);
     }
-    for (const auto& rail : rails_) {
-        ends_.push_back(std::make_shared<TargetEnd>(rail, spec_.exported, addresses, board_));
+    slots_.resize(rails_.size());
+    for (std::size_t i = 0; i < rails_.size(); ++i) {
+        build(i);
     }
     descriptor_.pid = static_cast<std::uint32_t>(::getpid());
     descriptor_.generation = spec_.generation;
@@ -243,9 +266,20 @@ OfiTarget::OfiTarget(EngineContext& context, net::Reactor& reactor, net::Listene
     descriptor_.target_id = listener_.next_target_id();
 }
 
+void OfiTarget::build(std::size_t rail) {
+    RailSlot& slot = slots_[rail];
+    if (slot.end) {
+        return;
+    }
+    auto end = std::make_shared<TargetEnd>(rails_[rail], spec_.exported, addresses_, board_);
+    slot.view = end->view();
+    slot.view.attempt = ++slot.attempt;
+    slot.end = std::move(end);
+}
+
 void OfiTarget::start() {
-    for (const auto& end : ends_) {
-        end->rail()->add(end);
+    for (const RailSlot& slot : slots_) {
+        slot.end->rail()->add(slot.end);
     }
     listener_.serve(descriptor_.target_id, descriptor_.key, descriptor_.generation,
                     [weak = weak_from_this()](net::Accepted accepted) {
@@ -266,10 +300,13 @@ void OfiTarget::accept(net::Accepted accepted) {
     if (is_shut_) {
         throw Error(Scope::kFenced, "the target is closed");
     }
-    for (const auto& end : ends_) {
-        view.rails.push_back(end->view());
-        end->set_expecting(true);
-        end->rail()->wake();
+    for (RailSlot& slot : slots_) {
+        // A rail that is fenced just now: the source finds out, and asks for the next attempt.
+        view.rails.push_back(slot.view);
+        if (slot.end) {
+            slot.end->set_expecting(true);
+            slot.end->rail()->wake();
+        }
     }
     session->id = next_session_++;
     session->aliases = aliases_;
@@ -284,11 +321,14 @@ void OfiTarget::accept(net::Accepted accepted) {
     session->watch = reactor_.watch(
         fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET,
         [session, weak = weak_from_this(), &reactor = reactor_](std::uint32_t /*events*/) {
-            const bool is_alive =
-                session->channel.flush() && session->channel.receive([](const net::Frame&) {});
+            const auto self = weak.lock();
+            // A target that is gone only waits for the source to hang up.
+            const bool is_alive = self ? self->on_event(*session)
+                                       : session->channel.flush() &&
+                                             session->channel.receive([](const net::Frame&) {});
             if (!is_alive) {
                 session->has_hung_up = true;
-                if (const auto self = weak.lock()) {
+                if (self) {
                     self->forget(session->id);
                 }
                 reactor.unwatch(session->watch);
@@ -298,11 +338,104 @@ void OfiTarget::accept(net::Accepted accepted) {
     sessions_.emplace(session->id, std::move(session));
 }
 
+bool OfiTarget::on_event(Session& session) {
+    try {
+        return session.channel.flush() &&
+               session.channel.receive([&](const net::Frame& frame) { on_frame(session, frame); });
+    } catch (const Error& error) {
+        board_->header().protocol_errors.fetch_add(1, std::memory_order_relaxed);
+        report("ofi fabric: a source was cut off: " + std::string(error.what()));
+        return false;
+    }
+}
+
+void OfiTarget::on_frame(Session& session, const net::Frame& frame) {
+    switch (static_cast<FrameType>(frame.type)) {
+        case FrameType::kFenceRail:
+            fence_rail(session, decode_frame<RailAttempt>(frame.payload));
+            return;
+        case FrameType::kOpenRail:
+            open_rail(session, decode_frame<RailAttempt>(frame.payload));
+            return;
+        case FrameType::kPing:
+            session.channel.send(static_cast<std::uint8_t>(FrameType::kPong), frame.payload);
+            return;
+        default:
+            throw Error(Scope::kTransfer, "unexpected message " + std::to_string(frame.type));
+    }
+}
+
+// One endpoint serves all sources, so it ends for all of them; the others open the next one at
+// once. Closing takes milliseconds, so it is done on this thread, and once.
+void OfiTarget::fence_rail(Session& session, RailAttempt which) {
+    const auto moved = static_cast<std::uint8_t>(FrameType::kRailMoved);
+    std::shared_ptr<TargetEnd> end;
+    {
+        const std::lock_guard lock(mutex_);
+        if (is_shut_) {
+            return;
+        }
+        if (which.rail >= slots_.size() || writes_by_address(*rails_[which.rail])) {
+            session.channel.send(static_cast<std::uint8_t>(FrameType::kRefused),
+                                 net::bytes_of(which));
+            return;
+        }
+        const RailSlot& slot = slots_[which.rail];
+        if (which.attempt < slot.attempt || !slot.end) {
+            session.channel.send(moved, net::bytes_of(which));
+            return;
+        }
+        end = slot.end;
+    }
+    end->keep_arrivals();
+    if (!end->close(kEndPatience)) {
+        return;  // the rail's thread does it; the source asks again
+    }
+    end->rail()->remove(*end);
+    const std::lock_guard lock(mutex_);
+    if (is_shut_) {
+        return;
+    }
+    RailSlot& slot = slots_[which.rail];
+    slot.end.reset();
+    const RailAttempt done{which.rail, slot.attempt};
+    for (const auto& [id, other] : sessions_) {
+        const bool is_ours = id == session.id;
+        other->channel.send(is_ours ? static_cast<std::uint8_t>(FrameType::kRailFenced) : moved,
+                            net::bytes_of(done));
+    }
+}
+
+void OfiTarget::open_rail(Session& session, RailAttempt which) {
+    const std::lock_guard lock(mutex_);
+    if (is_shut_) {
+        return;
+    }
+    try {
+        if (which.rail >= slots_.size() || which.attempt > slots_[which.rail].attempt) {
+            throw Error(Scope::kTransfer, "there is no such rail");
+        }
+        RailSlot& slot = slots_[which.rail];
+        if (!slot.end) {
+            build(which.rail);
+            slot.end->set_expecting(true);
+            slot.end->rail()->add(slot.end);
+        }
+        for (const EncodedFrame& frame : encode(which.rail, slot.view)) {
+            session.channel.send(static_cast<std::uint8_t>(frame.type), frame.payload);
+        }
+    } catch (const Error&) {
+        session.channel.send(static_cast<std::uint8_t>(FrameType::kRefused), net::bytes_of(which));
+    }
+}
+
 void OfiTarget::forget(std::uint64_t session) noexcept {
     const std::lock_guard lock(mutex_);
     sessions_.erase(session);
-    for (const auto& end : ends_) {
-        end->set_expecting(!sessions_.empty());
+    for (const RailSlot& slot : slots_) {
+        if (slot.end) {
+            slot.end->set_expecting(!sessions_.empty());
+        }
     }
 }
 
@@ -325,10 +458,18 @@ bool OfiTarget::shut(FrameType why) noexcept {
 }
 
 void OfiTarget::close_ends() noexcept {
-    for (const auto& end : ends_) {
-        end->rail()->remove(*end);
-        if (!end->close(kEndPatience)) {
-            report("the provider of " + end->rail()->domain()->label() +
+    std::vector<RailSlot> slots;
+    {
+        const std::lock_guard lock(mutex_);
+        slots.swap(slots_);
+    }
+    for (const RailSlot& slot : slots) {
+        if (!slot.end) {
+            continue;
+        }
+        slot.end->rail()->remove(*slot.end);
+        if (!slot.end->close(kEndPatience)) {
+            report("the provider of " + slot.end->rail()->domain()->label() +
                    " does not return from a poll; a peer may be stopped inside of it");
         }
     }

@@ -51,6 +51,8 @@ class TargetEnd final : public Pollable {
     void set_expecting(bool is_expecting) noexcept { is_expecting_ = is_expecting; }
     bool progress() noexcept override;
     [[nodiscard]] Rest rest() noexcept override;
+    // What has arrived until close() counts: the target lives on. Before close().
+    void keep_arrivals() noexcept { keeps_arrivals_ = true; }
     // Regions and endpoint; true when it was done, false when the provider holds our thread: the
     // rail does it when that returns.
     bool close(std::chrono::milliseconds patience) noexcept;
@@ -58,6 +60,9 @@ class TargetEnd final : public Pollable {
   private:
     void arrive(std::span<const abi::fi_cq_data_entry> entries) noexcept;
     void close_locked() noexcept;
+    // Takes what the completion queue holds; false when there was nothing.
+    bool take_batch() noexcept;
+    void take_rest() noexcept;
 
     std::shared_ptr<Rail> rail_;
     std::shared_ptr<Board> board_;
@@ -66,6 +71,7 @@ class TargetEnd final : public Pollable {
     std::vector<std::uint64_t> addresses_;
     std::uint64_t data_bytes_;
     std::atomic<bool> is_expecting_{false};
+    std::atomic<bool> keeps_arrivals_{false};
     std::atomic<bool> is_closing_{false};
     bool is_broken_ = false;
 };
@@ -97,7 +103,20 @@ class OfiTarget final : public TargetPort, public std::enable_shared_from_this<O
         bool has_hung_up = false;
         std::vector<std::shared_ptr<Alias>> aliases;
     };
+    // One rail of the target; another end each time it is opened.
+    struct RailSlot {
+        std::shared_ptr<TargetEnd> end;  // null: fenced
+        std::uint64_t attempt = 0;
+        TargetView::RailView view;  // of that attempt
+    };
     void accept(net::Accepted accepted);
+    // False to hang up.
+    [[nodiscard]] bool on_event(Session& session);
+    void on_frame(Session& session, const net::Frame& frame);
+    void fence_rail(Session& session, RailAttempt which);
+    void open_rail(Session& session, RailAttempt which);
+    // Builds an end where there is none; with mutex_ held. Throws what that throws.
+    void build(std::size_t rail);
     void forget(std::uint64_t session) noexcept;
     // Tells all sources and closes the door. False when that was done before.
     bool shut(FrameType why) noexcept;
@@ -111,10 +130,11 @@ class OfiTarget final : public TargetPort, public std::enable_shared_from_this<O
     Descriptor descriptor_;
     std::shared_ptr<Block> scratch_;
     std::shared_ptr<Board> board_;
-    std::vector<std::shared_ptr<TargetEnd>> ends_;
+    std::vector<std::uint64_t> addresses_;  // of the ranges and the scratch, as writers see them
     std::vector<std::shared_ptr<Block>> blocks_;
     std::vector<std::shared_ptr<Alias>> aliases_;  // by block; empty where none is needed
-    std::mutex mutex_;                             // sessions_, is_shut_
+    std::mutex mutex_;                             // what follows
+    std::vector<RailSlot> slots_;                  // by rail
     bool is_shut_ = false;
     std::uint64_t next_session_ = 1;
     std::unordered_map<std::uint64_t, std::shared_ptr<Session>> sessions_;

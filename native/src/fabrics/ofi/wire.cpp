@@ -14,6 +14,19 @@ constexpr std::size_t kMaxRails = 64;
 constexpr std::size_t kMaxRanges = std::size_t{1} << 20;
 constexpr std::size_t kMaxEndpoints = 64;
 
+std::vector<std::byte> encode_rail(std::size_t index, const TargetView::RailView& rail) {
+    ByteWriter writer;
+    writer.put(RailFrame{index, rail.scratch, rail.data_bytes, rail.attempt}).put_bytes(rail.name);
+    return writer.take();
+}
+
+void read_rail(const RailFrame& head, std::span<const std::byte> name, TargetView::RailView& rail) {
+    rail.scratch = head.scratch;
+    rail.data_bytes = head.data_bytes;
+    rail.attempt = head.attempt;
+    rail.name.assign(name.begin(), name.end());
+}
+
 [[noreturn]] void throw_nonsense(const char* what) {
     throw Error(Scope::kTransfer, std::string("the sink sent ") + what +
                                       "; do both sides run the same version of weightsync?");
@@ -57,10 +70,7 @@ std::vector<EncodedFrame> encode(const TargetView& view) {
                          static_cast<std::uint16_t>(view.rails.size()), view.chunk_bits});
     frames.push_back({FrameType::kTarget, head.take()});
     for (std::size_t i = 0; i < view.rails.size(); ++i) {
-        const TargetView::RailView& rail = view.rails[i];
-        ByteWriter writer;
-        writer.put(RailFrame{i, rail.scratch, rail.data_bytes}).put_bytes(rail.name);
-        frames.push_back({FrameType::kRail, writer.take()});
+        frames.push_back({FrameType::kRail, encode_rail(i, view.rails[i])});
     }
     const std::size_t bytes_each = sizeof(RangeFrame) + view.rails.size() * sizeof(RegionFrame);
     const std::size_t num_each = std::max<std::size_t>(net::kMaxFrameBytes / bytes_each, 1);
@@ -75,6 +85,42 @@ std::vector<EncodedFrame> encode(const TargetView& view) {
         frames.push_back({FrameType::kRanges, writer.take()});
     }
     return frames;
+}
+
+std::vector<EncodedFrame> encode(std::size_t rail, const TargetView::RailView& view) {
+    std::vector<EncodedFrame> frames;
+    frames.push_back({FrameType::kRailOpen, encode_rail(rail, view)});
+    constexpr std::size_t kEach = net::kMaxFrameBytes / sizeof(RegionFrame);
+    for (std::size_t begin = 0; begin < view.regions.size(); begin += kEach) {
+        ByteWriter writer;
+        for (std::size_t i = begin; i < std::min(begin + kEach, view.regions.size()); ++i) {
+            writer.put(view.regions[i]);
+        }
+        frames.push_back({FrameType::kRailKeys, writer.take()});
+    }
+    return frames;
+}
+
+RailReader::RailReader(std::span<const std::byte> payload, std::size_t num_rails,
+                       std::size_t num_ranges)
+    : num_ranges_(num_ranges) {
+    ByteReader reader(payload);
+    const auto head = reader.get<RailFrame>();
+    if (head.index >= num_rails || reader.rest().empty()) {
+        throw_nonsense("a rail that makes no sense");
+    }
+    rail_ = head.index;
+    read_rail(head, reader.rest(), view_);
+}
+
+void RailReader::take(std::span<const std::byte> payload) {
+    ByteReader reader(payload);
+    while (!reader.rest().empty()) {
+        if (is_whole()) {
+            throw_nonsense("more keys than it has ranges");
+        }
+        view_.regions.push_back(reader.get<RegionFrame>());
+    }
 }
 
 bool TargetReader::take(std::uint8_t type, std::span<const std::byte> payload) {
@@ -99,10 +145,7 @@ bool TargetReader::take(std::uint8_t type, std::span<const std::byte> payload) {
                 reader.rest().empty()) {
                 throw_nonsense("a rail that makes no sense");
             }
-            TargetView::RailView& rail = view_.rails[head.index];
-            rail.scratch = head.scratch;
-            rail.data_bytes = head.data_bytes;
-            rail.name.assign(reader.rest().begin(), reader.rest().end());
+            read_rail(head, reader.rest(), view_.rails[head.index]);
             --rails_left_;
             break;
         }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <weightsync/codec.hpp>
 #include <weightsync/fabric.hpp>
 
 #include "../../net/address.hpp"
@@ -32,6 +33,16 @@ enum class FrameType : std::uint8_t {
     kRanges = 3,  // sink: for each range RangeFrame and a RegionFrame for each rail
     kFenced = 4,  // sink: nothing lands any more
     kClosed = 5,  // sink
+    // While the target lives, one rail of it:
+    kFenceRail = 6,   // source: RailAttempt; let nothing land there any more
+    kRailFenced = 7,  // sink: RailAttempt; so it is, and for those before it
+    kOpenRail = 8,    // source: RailAttempt that was fenced; give me a later one
+    kRailOpen = 9,    // sink: RailFrame and the endpoint's name, as kRail
+    kRailKeys = 10,   // sink: RegionFrames, range by range, until all ranges have theirs
+    kRefused = 11,    // sink: RailAttempt of the request; it cannot be opened now
+    kPing = 12,       // source: PathAttempt that stands still; are you alive?
+    kPong = 13,       // sink: the same
+    kRailMoved = 14,  // sink: RailAttempt; as kRailFenced, but another source had asked
 };
 
 struct TargetFrame {
@@ -49,6 +60,15 @@ struct RailFrame {
     std::uint64_t index = 0;
     RegionFrame scratch;
     std::uint64_t data_bytes = 0;  // of remote CQ data
+    std::uint64_t attempt = 0;     // counts how often the sink built this rail of the target
+};
+struct RailAttempt {
+    std::uint64_t rail = 0;
+    std::uint64_t attempt = 0;
+};
+struct PathAttempt {
+    std::uint64_t path = 0;
+    std::uint64_t attempt = 0;
 };
 struct RangeFrame {
     std::uint64_t arena_offset = 0;
@@ -62,6 +82,7 @@ struct TargetView {
     struct RailView {
         RegionFrame scratch;
         std::uint64_t data_bytes = 0;
+        std::uint64_t attempt = 0;
         std::vector<std::byte> name;
         std::vector<RegionFrame> regions;  // by range
     };
@@ -74,6 +95,8 @@ struct EncodedFrame {
     std::vector<std::byte> payload;
 };
 [[nodiscard]] std::vector<EncodedFrame> encode(const TargetView& view);
+// One rail that was opened again, as kRailOpen and kRailKeys.
+[[nodiscard]] std::vector<EncodedFrame> encode(std::size_t rail, const TargetView::RailView& view);
 
 // Puts a view together again. Throws kTransfer for frames that make no sense.
 class TargetReader {
@@ -88,6 +111,32 @@ class TargetReader {
     std::size_t num_ranges_ = 0;
     std::size_t rails_left_ = 0;
 };
+
+// Puts a rail that was opened again together. Throws kTransfer for frames that make no sense.
+class RailReader {
+  public:
+    // kRailOpen: begins anew.
+    RailReader(std::span<const std::byte> payload, std::size_t num_rails, std::size_t num_ranges);
+    // kRailKeys.
+    void take(std::span<const std::byte> payload);
+    [[nodiscard]] bool is_whole() const noexcept { return view_.regions.size() == num_ranges_; }
+    [[nodiscard]] std::size_t rail() const noexcept { return rail_; }
+    [[nodiscard]] TargetView::RailView finish() { return std::move(view_); }
+
+  private:
+    std::size_t num_ranges_;
+    std::size_t rail_;
+    TargetView::RailView view_;
+};
+
+// The payload as one Message. Throws kTransfer for another length.
+template <class Message>
+[[nodiscard]] Message decode_frame(std::span<const std::byte> payload) {
+    ByteReader reader(payload);
+    const auto message = reader.get<Message>();
+    reader.expect_end();
+    return message;
+}
 
 // --- remote CQ data: the immediate, and above it, where 8 bytes are carried, the length of the
 // write, which not every provider tells the sink.
