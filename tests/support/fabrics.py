@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ __all__ = [
     "ofi_problem",
     "random_bytes",
     "rows",
+    "settle",
 ]
 
 
@@ -217,6 +220,13 @@ def groups(link: Link, size: int, **options: Any) -> list[Any]:
         for other in members:
             group.connect(other.index, other.descriptor, 10.0)
     return members
+
+
+def settle(is_so: Callable[[], bool], limit_s: float = 10.0) -> None:
+    """Wait until the sink has seen what arrived; an operation that is done says nothing of that."""
+    end = time.monotonic() + limit_s
+    while not is_so() and time.monotonic() < end:
+        threading.Event().wait(0.001)
 
 
 @contextmanager
