@@ -96,7 +96,7 @@ def test_an_expectation_can_be_raised_and_lowered(link: Link) -> None:
     target, _, remote = link.connected(64, SLOTS)
     remote.post(tell(2, FIRST)).wait(WAIT_S)
     target.expect_count(1, 2)
-    assert target.poll() == [1]
+    assert target.poll(WAIT_S) == [1]
     target.expect_count(1, 1 << 40)
     assert not target.is_complete([1])
     waiter = threading.Thread(target=target.wait, args=([1], WAIT_S))
