@@ -22,7 +22,7 @@ from weightsync.transport.verbs import RdmaPort, rdma_ports, verbs_problem
 
 NBYTES, CHUNKS = 64 << 20, 64
 WAIT_S = 40.0
-DELAY_MS = 30
+DELAY_MS = 200
 
 
 def ports(least: int) -> list[RdmaPort]:
@@ -150,33 +150,37 @@ def stop_a_writer_inside_a_transfer(found: list[RdmaPort], num_arrived: int) -> 
     ranges = [(0, lease, 0, arena.nbytes)]
     target = sink.export(ranges, [chunks], 8, 1)
     table = [[i * each, i * each, each, i] for i in range(chunks)]
-    with Peer("verbs", devices=[found[0].name]) as writer:
+    # Patient: an acknowledgement takes longer than the usual timeout.
+    with Peer("verbs", devices=[found[0].name], timeout=18) as writer:
         writer.call("connect", descriptor=target.descriptor.hex())
         writer.call("load", nbytes=arena.nbytes, seed=1)
-        writer.call("post", table=table)
-        wait_until(lambda: len(target.missing(0)) <= chunks - num_arrived)
-        writer.stop()
-        assert target.missing(0)  # stopped inside
-        target.fence()
-        again = sink.export(ranges, [chunks], 8, 2)
-        remote = other.connect(again.descriptor, WAIT_S)
-        own = [(address_of(payload) + at, at, size, i) for at, _, size, i in table]
-        remote.post(rows(*own)).wait(WAIT_S)
-        again.wait([0], WAIT_S)
-        again.flush()
-        assert np.array_equal(arena, payload)
-        # Both what was under way and what the stopped process' NIC sends again.
-        time.sleep(5 * DELAY_MS / 1000)
-        assert np.array_equal(arena, payload)
+        with delayed(found[0]):
+            writer.call("post", table=table)
+            wait_until(lambda: len(target.missing(0)) <= chunks - num_arrived)
+            writer.stop()
+            assert target.missing(0)  # stopped inside
+            target.fence()
+            # The next version. Only its last chunk comes by a NIC: it must not repair what
+            # the old writer spoils.
+            arena[:-each] = payload[:-each]
+            again = sink.export(ranges, [1], 8, 2)
+            remote = other.connect(again.descriptor, WAIT_S)
+            last = arena.nbytes - each
+            remote.post(rows((address_of(payload) + last, last, each, 0))).wait(WAIT_S)
+            again.wait([0], WAIT_S)
+            again.flush()
+            # Until all has come that was under way, or that the stopped process' NIC sends again.
+            time.sleep(5 * DELAY_MS / 1000)
+            assert np.array_equal(arena, payload)
         writer.go_on()
         with pytest.raises(PeerError, match="FencedError"):
             writer.call("finish", timeout_s=WAIT_S)
         assert np.array_equal(arena, payload)
-        assert again.counters()["arrivals"] == chunks
+        assert again.counters()["arrivals"] == 1
         # The former zombie is welcome to the next version.
         again.reset([0])
         writer.call("connect", descriptor=again.descriptor.hex())
-        writer.call("post", table=table)
+        writer.call("post", table=[[0, 0, arena.nbytes, 0]])
         again.wait([0], WAIT_S)
         writer.call("finish", timeout_s=WAIT_S)
         assert np.array_equal(arena, random_bytes(arena.nbytes, seed=1))
@@ -189,15 +193,15 @@ def stop_a_writer_inside_a_transfer(found: list[RdmaPort], num_arrived: int) -> 
     other.close()
 
 
-@pytest.mark.parametrize("num_arrived", [0, 4])
+@pytest.mark.parametrize("num_arrived", [1, 4])
 def test_a_writer_stopped_inside_a_transfer_changes_no_byte_of_the_next_version(
     num_arrived: int,
 ) -> None:
     """The NIC of a stopped process goes on: what it has been told to send, it sends, and again.
 
-    Here it is told 16 MiB and holds each packet back for a while, so that there is much of it under
-    way when the sink fences.
+    Here it is told 8 of 16 MiB and holds each packet back for a while, so that there is much of it
+    under way when the sink fences.
     """
     found = soft_ports(3)
-    with no_leaks(), delayed(found[0]):
+    with no_leaks():
         stop_a_writer_inside_a_transfer(found, num_arrived)
