@@ -303,6 +303,7 @@ def open_verbs(
     mtu_bytes: int,
     timeout: int,
     retry_count: int,
+    relaxed_ordering: bool,
 ) -> Engine: ...
 def verbs_problem() -> str:
     """Why libibverbs cannot be used, or ""."""

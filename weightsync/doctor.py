@@ -536,9 +536,12 @@ def _ports() -> list[RdmaPort]:
 
 
 def _port_table(ports: list[RdmaPort]) -> Table:
+    has_gpus = any(port.gpus for port in ports)
     table = Table(box=SIMPLE_HEAD)
     for name in ("RDMA port", "state", "link", "Gbit/s", "NUMA", "interface", "GID", "address"):
         table.add_column(name, no_wrap=name != "address")
+    if has_gpus:
+        table.add_column("nearest GPUs", overflow="fold")
     for port in ports:
         chosen = next((gid for gid in port.gids if gid[0] == port.gid_index), None)
         table.add_row(
@@ -550,8 +553,17 @@ def _port_table(ports: list[RdmaPort]) -> Table:
             port.interface or "-",
             str(port.gid_index) if chosen else "none fits",
             f"{chosen[1]} ({chosen[2]})" if chosen else "give its interface an IP address",
+            *([_nearest_gpus(port)] if has_gpus else []),
         )
     return table
+
+
+def _nearest_gpus(port: RdmaPort) -> str:
+    """Such as "PIX 0000:18:00.0 0000:19:00.0"."""
+    if not port.gpus:
+        return "-"
+    nearest = port.gpus[0][1]
+    return " ".join([nearest, *(address for address, distance in port.gpus if distance == nearest)])
 
 
 # ---- help ----

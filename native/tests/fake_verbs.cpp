@@ -1,6 +1,7 @@
 #include "fake_world.hpp"
 
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -8,23 +9,26 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <utility>
 #include <vector>
 
 namespace weightsync::test {
 
-namespace {
-
-using namespace weightsync::verbs;
-namespace fs = std::filesystem;
-
 World* world = nullptr;
 
-using Lock = std::lock_guard<std::recursive_mutex>;
+FakeDevice& device_of(int number) {
+    return *world->devices.at(static_cast<std::size_t>(number));
+}
 
 void ring(int fd) {
     const std::uint64_t one = 1;
     [[maybe_unused]] const auto rc = ::write(fd, &one, sizeof(one));
 }
+
+namespace {
+
+using namespace weightsync::verbs;
+namespace fs = std::filesystem;
 
 bool take(int fd) {
     std::uint64_t value = 0;
@@ -110,12 +114,22 @@ ibv_wc_status land(FakeQp& qp, const Pending& pending) {
         ++world->counts.missing_receives;
         return IBV_WC_RNR_RETRY_EXC_ERR;
     }
+    FakeDevice& there = *peer.device;
+    const bool is_arrival = request.opcode == IBV_WR_RDMA_WRITE_WITH_IMM;
     if (nbytes != 0) {
         std::memcpy(reinterpret_cast<void*>(request.rdma.remote_addr),
                     reinterpret_cast<const void*>(pending.part.addr), nbytes);
     }
     if (is_write) {
         ++world->counts.writes;
+    }
+    if (is_arrival && there.arrival_failure && there.arrival_skip-- == 0) {
+        complete(peer.raw.recv_cq,
+                 completion_of(peer.receives.front(), peer, *there.arrival_failure));
+        there.arrival_failure.reset();
+        peer.receives.pop_front();
+        to_error(peer);
+        return IBV_WC_REM_OP_ERR;
     }
     if (request.opcode != IBV_WR_RDMA_WRITE) {
         ibv_wc completion = completion_of(peer.receives.front(), peer, IBV_WC_SUCCESS);
@@ -143,6 +157,9 @@ void execute(FakeQp& qp, const Pending& pending) {
         }
         status = *device.failure;
         device.failure.reset();
+    } else if (!is_write && device.message_failure) {
+        status = *device.message_failure;
+        device.message_failure.reset();
     } else {
         status = land(qp, pending);
     }
@@ -159,6 +176,10 @@ int post_send(ibv_qp* raw, ibv_send_wr* request, ibv_send_wr** failed) {
     ++world->counts.doorbells;
     const bool is_refused = device.refusals > 0 && request->opcode != IBV_WR_SEND_WITH_IMM;
     int taken_left = device.refusal_taken;
+    if (device.message_refusal != 0 && request->opcode == IBV_WR_SEND_WITH_IMM) {
+        *failed = request;
+        return std::exchange(device.message_refusal, 0);
+    }
     if (is_refused) {
         --device.refusals;
     }
@@ -196,6 +217,10 @@ int post_send(ibv_qp* raw, ibv_send_wr* request, ibv_send_wr** failed) {
 int post_recv(ibv_qp* raw, ibv_recv_wr* request, ibv_recv_wr** failed) {
     const Lock lock(world->mutex);
     auto& qp = *reinterpret_cast<FakeQp*>(raw);
+    if (qp.device->receive_refusal != 0) {
+        *failed = request;
+        return std::exchange(qp.device->receive_refusal, 0);
+    }
     for (; request != nullptr; request = request->next) {
         if (qp.state == IBV_QPS_RESET || qp.receives.size() == qp.cap.max_recv_wr) {
             *failed = request;
@@ -213,6 +238,9 @@ int post_recv(ibv_qp* raw, ibv_recv_wr* request, ibv_recv_wr** failed) {
 int poll_cq(ibv_cq* raw, int count, ibv_wc* completions) {
     const Lock lock(world->mutex);
     auto& cq = *reinterpret_cast<FakeCq*>(raw);
+    if (reinterpret_cast<FakeContext*>(raw->context)->device->polls_fail) {
+        return -1;
+    }
     int taken = 0;
     for (; taken < count && !cq.entries.empty(); ++taken) {
         completions[taken] = cq.entries.front();
@@ -312,18 +340,46 @@ int query_pkey(ibv_context* /*raw*/, std::uint8_t /*port*/, int /*index*/, std::
     return 0;
 }
 
-ibv_mr* reg_mr(ibv_pd* pd, void* address, std::size_t nbytes, int access) {
-    const Lock lock(world->mutex);
+ibv_mr* make_mr(ibv_pd* pd, void* address, std::size_t nbytes, int access) {
     if (world->reg_mr_failures > 0) {
         --world->reg_mr_failures;
         errno = world->reg_mr_error;
         return nullptr;
     }
+    ++world->counts.registrations;
+    world->counts.relaxed += (access & IBV_ACCESS_RELAXED_ORDERING) != 0 ? 1 : 0;
     auto* mr = new FakeMr;
     mr->raw = {pd->context, pd, address, nbytes, 0, world->next_number, world->next_number};
     mr->access = access;
     world->mrs[world->next_number++] = mr;
     return &mr->raw;
+}
+
+ibv_mr* reg_mr(ibv_pd* pd, void* address, std::size_t nbytes, int access) {
+    const Lock lock(world->mutex);
+    const auto begin = reinterpret_cast<std::uint64_t>(address);
+    if (begin < world->gpu_end && begin + nbytes > world->gpu_begin && !world->has_peermem) {
+        errno = EFAULT;
+        return nullptr;
+    }
+    return make_mr(pd, address, nbytes, access);
+}
+
+ibv_mr* reg_mr_iova2(ibv_pd* pd, void* address, std::size_t nbytes, std::uint64_t /*iova*/,
+                     unsigned access) {
+    return reg_mr(pd, address, nbytes, static_cast<int>(access));
+}
+
+ibv_mr* reg_dmabuf_mr(ibv_pd* pd, std::uint64_t offset, std::size_t nbytes, std::uint64_t iova,
+                      int fd, int access) {
+    const Lock lock(world->mutex);
+    const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+    if (world->dmabuf_error != 0 || ::fcntl(fd, F_GETFD) < 0 || offset % page != iova % page) {
+        errno = world->dmabuf_error != 0 ? world->dmabuf_error : EINVAL;
+        return nullptr;
+    }
+    ++world->counts.dmabufs;
+    return make_mr(pd, reinterpret_cast<void*>(iova), nbytes, access);
 }
 
 int dereg_mr(ibv_mr* raw) {
@@ -379,6 +435,10 @@ ibv_qp* create_qp(ibv_pd* pd, ibv_qp_init_attr* init) {
 int modify_qp(ibv_qp* raw, ibv_qp_attr* attr, int mask) {
     const Lock lock(world->mutex);
     auto& qp = *reinterpret_cast<FakeQp*>(raw);
+    if (world->modify_failures > 0 && attr->qp_state == world->modify_state) {
+        --world->modify_failures;
+        return EINVAL;
+    }
     if ((mask & IBV_QP_DEST_QPN) != 0) {
         qp.peer = attr->dest_qp_num;
     }
@@ -428,6 +488,8 @@ void fill_table(Table& table) {
         return 0;
     };
     table.reg_mr = &reg_mr;
+    table.reg_mr_iova2 = &reg_mr_iova2;
+    table.reg_dmabuf_mr = &reg_dmabuf_mr;
     table.dereg_mr = &dereg_mr;
     table.create_comp_channel = [](ibv_context* context) {
         auto* channel = new FakeChannel;
@@ -497,25 +559,9 @@ FakeCounts& FakeVerbs::counts() noexcept {
     return world->counts;
 }
 
-void FakeVerbs::fail_write(int device, ibv_wc_status status, int skip, bool has_landed) {
-    const Lock lock(world->mutex);
-    FakeDevice& one = *world->devices.at(static_cast<std::size_t>(device));
-    one.failure = status;
-    one.skip = skip;
-    one.has_landed = has_landed;
-}
-
-void FakeVerbs::refuse_posts(int device, int error, int times, int taken) {
-    const Lock lock(world->mutex);
-    FakeDevice& one = *world->devices.at(static_cast<std::size_t>(device));
-    one.refusal = error;
-    one.refusals = times;
-    one.refusal_taken = taken;
-}
-
 void FakeVerbs::hold_writes(int device, bool on) {
     const Lock lock(world->mutex);
-    FakeDevice& one = *world->devices.at(static_cast<std::size_t>(device));
+    FakeDevice& one = device_of(device);
     one.is_holding = on;
     if (on) {
         return;
@@ -531,35 +577,6 @@ void FakeVerbs::hold_writes(int device, bool on) {
             execute(*qp, pending);
         }
     }
-}
-
-void FakeVerbs::set_port(int device, bool is_up) {
-    const Lock lock(world->mutex);
-    FakeDevice& one = *world->devices.at(static_cast<std::size_t>(device));
-    one.is_up = is_up;
-    for (FakeContext* context : one.contexts) {
-        ibv_async_event event{};
-        event.event_type = is_up ? IBV_EVENT_PORT_ACTIVE : IBV_EVENT_PORT_ERR;
-        event.element.port_num = 1;
-        context->events.push_back(event);
-        ring(context->raw.async_fd);
-    }
-}
-
-void FakeVerbs::fail_destroy_qp(int times) {
-    const Lock lock(world->mutex);
-    world->destroy_qp_failures = times;
-}
-
-void FakeVerbs::fail_create_qp(int times) {
-    const Lock lock(world->mutex);
-    world->create_qp_failures = times;
-}
-
-void FakeVerbs::fail_reg_mr(int times, int error) {
-    const Lock lock(world->mutex);
-    world->reg_mr_failures = times;
-    world->reg_mr_error = error;
 }
 
 }  // namespace weightsync::test

@@ -26,6 +26,9 @@ struct FakeCounts {
     std::atomic<int> writes{0};
     std::atomic<int> signalled{0};
     std::atomic<int> completion_queues{0};
+    std::atomic<int> registrations{0};
+    std::atomic<int> relaxed{0};  // of them: with relaxed ordering
+    std::atomic<int> dmabufs{0};  // of them: by reg_dmabuf_mr()
 };
 
 // One at a time: the table has no place for an owner.
@@ -44,13 +47,28 @@ class FakeVerbs {
     // The request after `skip` more on that device fails so, and its queue pair with it. With
     // `has_landed` its bytes and its immediate are at the peer all the same.
     void fail_write(int device, verbs::ibv_wc_status status, int skip, bool has_landed);
+    // The immediate after `skip` more that arrives at that device fails there, and its queue pair.
+    void fail_arrival(int device, verbs::ibv_wc_status status, int skip);
+    // The next message (no write) from that device fails, and its queue pair.
+    void fail_message(int device, verbs::ibv_wc_status status);
+    // The next message, and the next receives, are not taken.
+    void refuse_messages(int device, int error);
+    void refuse_receives(int device, int error);
     // The next `times` doorbells are refused with that errno after `taken` requests.
     void refuse_posts(int device, int error, int times, int taken);
     // Requests wait until they are released, flushed or forgotten.
     void hold_writes(int device, bool on);
     // An asynchronous event; requests over the port fail from now on when it went down.
     void set_port(int device, bool is_up);
+    // Any other event of a device, or of all its queues.
+    void raise(int device, verbs::ibv_event_type type);
+    // Completions of that device cannot be read.
+    void fail_polls(int device, bool on);
+    // That memory is a GPU's: plain registration needs its module; a dma-buf needs no errno here.
+    void set_gpu_memory(std::uint64_t address, std::uint64_t nbytes, bool has_peermem,
+                        int dmabuf_error);
     // The next calls of these functions fail.
+    void fail_modify_qp(verbs::ibv_qp_state state, int times);
     void fail_destroy_qp(int times);
     void fail_create_qp(int times);
     void fail_reg_mr(int times, int error);

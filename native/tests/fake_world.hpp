@@ -66,6 +66,12 @@ struct FakeDevice {
     int refusals = 0;
     int refusal = 0;
     int refusal_taken = 0;
+    std::optional<verbs::ibv_wc_status> arrival_failure;
+    int arrival_skip = 0;
+    std::optional<verbs::ibv_wc_status> message_failure;
+    int message_refusal = 0;
+    int receive_refusal = 0;
+    bool polls_fail = false;
     std::vector<FakeContext*> contexts;
 };
 
@@ -82,7 +88,19 @@ struct World {
     int create_qp_failures = 0;
     int reg_mr_failures = 0;
     int reg_mr_error = 0;
+    verbs::ibv_qp_state modify_state = verbs::IBV_QPS_RESET;
+    int modify_failures = 0;
+    std::uint64_t gpu_begin = 0;
+    std::uint64_t gpu_end = 0;
+    bool has_peermem = false;
+    int dmabuf_error = 0;
     verbs::Table table;
 };
+
+extern World* world;
+using Lock = std::lock_guard<std::recursive_mutex>;
+
+[[nodiscard]] FakeDevice& device_of(int number);
+void ring(int fd);
 
 }  // namespace weightsync::test

@@ -4,88 +4,13 @@
 #include <set>
 #include <thread>
 
-#include "../src/fabrics/verbs/verbs.hpp"
-#include "../src/net/hmac.hpp"
-#include "check.hpp"
-#include "fake_verbs.hpp"
+#include "verbs_link.hpp"
 
 namespace weightsync {
 namespace {
 
 using namespace verbs;
-using test::address_of;
-using test::FakeLimits;
-using test::FakeVerbs;
-using test::scope_of;
-
-constexpr double kWaitS = 20;
-
-bool can_meet() {
-    const char* problem = net::libcrypto_problem();
-    if (problem != nullptr) {
-        std::printf("  skipped: %s\n", problem);
-    }
-    return problem == nullptr;
-}
-
-std::shared_ptr<Engine> open_engine(const FakeVerbs& fake, const char* name,
-                                    std::vector<std::string> devices) {
-    return Engine::open(name, [&](EngineContext& context) {
-        VerbsOptions options;
-        options.devices = std::move(devices);
-        options.table = &fake.table();
-        options.sysfs = fake.sysfs();
-        return make_verbs_fabric(context, options);
-    });
-}
-
-// A source and a sink with a target that is as long as the payload.
-struct Wired {
-    Wired(const FakeVerbs& fake, std::size_t nbytes, std::vector<std::int32_t> chunks,
-          std::vector<std::string> source_devices = {"fake0"},
-          std::vector<std::string> sink_devices = {"fake1"})
-        : source(open_engine(fake, "source", std::move(source_devices))),
-          sink(open_engine(fake, "sink", std::move(sink_devices))),
-          payload(test::pattern(nbytes, 11)),
-          arena(nbytes) {
-        source_lease = source->add_lease(address_of(payload), nbytes, nullptr);
-        sink_lease = sink->add_lease(address_of(arena), nbytes, nullptr);
-        open_target(std::move(chunks), 1);
-    }
-    void open_target(std::vector<std::int32_t> chunks, std::uint64_t generation) {
-        RangeRequest range;
-        range.nbytes = arena.size();
-        range.lease = sink_lease->state();
-        target = sink->export_target({range}, chunks, 12, generation);
-        remote = source->connect(target->descriptor(), Deadline::after(kWaitS));
-    }
-    // Chunks of equal length, one row each.
-    [[nodiscard]] std::vector<Write> rows(std::int64_t chunks) const {
-        const std::uint64_t each = payload.size() / static_cast<std::uint64_t>(chunks);
-        std::vector<Write> result;
-        for (std::int64_t i = 0; i < chunks; ++i) {
-            const std::uint64_t at = static_cast<std::uint64_t>(i) * each;
-            result.push_back({address_of(payload) + at, at, each, i});
-        }
-        return result;
-    }
-    std::shared_ptr<Engine> source;
-    std::shared_ptr<Engine> sink;
-    std::vector<std::byte> payload;
-    std::vector<std::byte> arena;
-    std::shared_ptr<Lease> source_lease;
-    std::shared_ptr<Lease> sink_lease;
-    std::shared_ptr<Target> target;
-    std::shared_ptr<Remote> remote;
-};
-
-const std::vector<std::int32_t> kFirst{0};
-
-void check_rules(FakeVerbs& fake) {
-    CHECK(fake.counts().full_send_queues == 0);
-    CHECK(fake.counts().full_completion_queues == 0);
-    CHECK(fake.counts().missing_receives == 0);
-}
+using namespace test;
 
 TEST(verbs_discovery_reads_sysfs) {
     const FakeVerbs fake(2);
@@ -217,55 +142,6 @@ TEST(verbs_credits_hold_with_short_queues) {
         }
         check_rules(fake);
     }
-}
-
-// Every status that a completion can have: with one rail the operation fails with a typed error,
-// with two it goes on over the other one; whether the bytes had landed or not.
-TEST(verbs_every_status_is_handled) {
-    if (!can_meet()) {
-        return;
-    }
-    for (int status = IBV_WC_LOC_LEN_ERR; status < kNumStatuses; ++status) {
-        for (const bool has_landed : {false, true}) {
-            FakeVerbs fake(4);
-            {
-                Wired link(fake, 1U << 16, {64});
-                fake.fail_write(0, static_cast<ibv_wc_status>(status), 20, has_landed);
-                const auto operation = link.remote->post(link.rows(64));
-                CHECK(scope_of([&] { operation->wait(Deadline::after(kWaitS)); }) == Scope::kRail);
-            }
-            {
-                Wired link(fake, 1U << 16, {64}, {"fake0", "fake2"}, {"fake1", "fake3"});
-                fake.fail_write(0, static_cast<ibv_wc_status>(status), 3, has_landed);
-                link.remote->post(link.rows(64))->wait(Deadline::after(kWaitS));
-                link.target->wait(kFirst, Deadline::after(kWaitS));
-                CHECK(link.arena == link.payload);
-            }
-            check_rules(fake);
-        }
-    }
-}
-
-TEST(verbs_a_device_short_of_memory_is_asked_again) {
-    if (!can_meet()) {
-        return;
-    }
-    FakeVerbs fake(2);
-    {
-        Wired link(fake, 1U << 16, {64});
-        for (const int taken : {0, 1, 5}) {
-            fake.refuse_posts(0, ENOMEM, 3, taken);
-            std::ranges::fill(link.arena, std::byte{0});
-            link.remote->post(link.rows(64))->wait(Deadline::after(kWaitS));
-            link.target->wait(kFirst, Deadline::after(kWaitS));
-            CHECK(link.arena == link.payload);
-            link.target->reset(kFirst);
-        }
-        fake.refuse_posts(0, EINVAL, 1, 2);
-        const auto operation = link.remote->post(link.rows(64));
-        CHECK(scope_of([&] { operation->wait(Deadline::after(kWaitS)); }) == Scope::kRail);
-    }
-    check_rules(fake);
 }
 
 TEST(verbs_a_port_that_goes_down_leaves_its_writes_to_the_others) {

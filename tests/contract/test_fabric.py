@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from support.fabrics import (
     no_leaks,
     random_bytes,
     rows,
+    settle,
 )
 from weightsync.errors import ConfigError, FencedError, TransferTimeoutError, WeightSyncError
 from weightsync.transport.base import Target
@@ -53,13 +53,6 @@ def arrive(target: Target, slots: list[int]) -> None:
     """Wait for slots, and make what arrived readable."""
     target.wait(slots, WAIT_S)
     target.flush()
-
-
-def settle(is_so: Callable[[], bool]) -> None:
-    """Wait until the sink has seen what arrived; an operation that is done says nothing of that."""
-    end = time.monotonic() + WAIT_S
-    while not is_so() and time.monotonic() < end:
-        threading.Event().wait(0.001)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 3, 4095, 4096, 65537, (1 << 20) + 1, (5 << 20) + 3])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.fabrics import CASES, Case, Link, address_of, no_leaks, random_bytes, rows
+from support.fabrics import CASES, Case, Link, address_of, no_leaks, random_bytes, rows, settle
 from weightsync.errors import (
     ConfigError,
     FencedError,
@@ -80,6 +80,8 @@ def test_pages_carry_the_immediates_they_are_given(link: Link) -> None:
     remote.write_paged(8, source, sink).wait(WAIT_S)
     assert [target.missing(slot) for slot in range(3)] == [[0, 1], [0, 1, 2], [0]]
     remote.write_paged(8, source, sink, [1 << 4 | 2, -1, 0, 2 << 4]).wait(WAIT_S)
+    settle(lambda: target.is_complete([2]) and target.missing(0) == [1])
+    settle(lambda: target.missing(1) == [0, 1])
     assert [target.missing(slot) for slot in range(3)] == [[1], [0, 1], []]
     two = slice(0, 2)
     remote.write_paged(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +37,7 @@ __all__ = [
     "ofi_problem",
     "random_bytes",
     "rows",
+    "settle",
 ]
 
 
@@ -234,6 +237,13 @@ def groups(link: Link, size: int, **options: Any) -> list[Any]:
         for other in members:
             group.connect(other.index, other.descriptor, 10.0)
     return members
+
+
+def settle(is_so: Callable[[], bool], limit_s: float = 10.0) -> None:
+    """Wait until the sink has seen what arrived; an operation that is done says nothing of that."""
+    end = time.monotonic() + limit_s
+    while not is_so() and time.monotonic() < end:
+        threading.Event().wait(0.001)
 
 
 @contextmanager

@@ -257,7 +257,11 @@ class Target(Protocol):
         ...
 
     def counters(self) -> dict[str, int]:
-        """What arrived: arrivals, bytes_arrived, duplicates, protocol_errors, wakeups."""
+        """What arrived: arrivals, bytes_arrived, duplicates, protocol_errors, wakeups.
+
+        `bytes_arrived` is what this side sees: all bytes, but of writes that NICs place (`verbs`,
+        `ofi`) only those with an immediate, and the last piece of a row that was cut.
+        """
         ...
 
 

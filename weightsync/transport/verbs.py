@@ -40,6 +40,10 @@ class RdmaPort:
         gbit_per_s: Speed of the link; 0 when unknown.
         numa_node: Where it is attached; -1 when unknown.
         interface: Its network interface; "" on InfiniBand.
+        pci_address: Such as "0000:17:00.0"; "" for a device of software.
+        gpus: Address and distance of each GPU, nearest first. Distances are those of `nvidia-smi
+            topo`: "PIX" (one PCIe switch), "PXB" (several), "PHB" (one host bridge), "NODE" (one
+            NUMA node), "SYS" (across nodes).
         gids: Its addresses: index, text and type of each.
         gid_index: The one that `open_verbs` takes unless told otherwise; -1 when none fits.
     """
@@ -52,6 +56,8 @@ class RdmaPort:
     gbit_per_s: float
     numa_node: int
     interface: str
+    pci_address: str
+    gpus: tuple[tuple[str, str], ...]
     gids: tuple[tuple[int, str, str], ...]
     gid_index: int
 
@@ -71,7 +77,8 @@ def rdma_ports(sysfs: str = "/sys") -> list[RdmaPort]:
         All ports, sorted; empty when there is no device.
     """
     return [
-        RdmaPort(**{**facts, "gids": tuple(facts["gids"])}) for facts in _native.rdma_ports(sysfs)
+        RdmaPort(**{**facts, "gids": tuple(facts["gids"]), "gpus": tuple(facts["gpus"])})
+        for facts in _native.rdma_ports(sysfs)
     ]
 
 
@@ -100,6 +107,7 @@ def open_verbs(
     mtu_bytes: int | None = None,
     timeout: int = 14,
     retry_count: int = 7,
+    relaxed_ordering: bool = True,
 ) -> Engine:
     """Open an engine on this host's RDMA NICs: one rail, and one thread, per port.
 
@@ -115,6 +123,8 @@ def open_verbs(
         mtu_bytes: 256 .. 4096, at most what the port runs with; None is that.
         timeout: An acknowledgement is awaited for 4.096 us * 2**timeout; 1 .. 31, 14 is 67 ms.
         retry_count: Retries before a path fails; 0 .. 7.
+        relaxed_ordering: PCIe may place the bytes of a write in any order, which many hosts need
+            for full speed. Arrivals come after their bytes all the same.
 
     Returns:
         The engine.
@@ -146,4 +156,5 @@ def open_verbs(
         0 if mtu_bytes is None else mtu_bytes,
         timeout,
         retry_count,
+        relaxed_ordering,
     )

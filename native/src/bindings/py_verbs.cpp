@@ -36,6 +36,12 @@ py::dict to_dict(const verbs::PortFacts& port) {
     result["gbit_per_s"] = port.gbit_per_s;
     result["numa_node"] = port.numa_node;
     result["interface"] = port.interface;
+    result["pci_address"] = port.pci_address;
+    py::list gpus;
+    for (const verbs::GpuNearby& gpu : port.gpus) {
+        gpus.append(py::make_tuple(gpu.address, verbs::to_text(gpu.distance)));
+    }
+    result["gpus"] = gpus;
     py::list gids;
     for (const verbs::GidEntry& entry : port.gids) {
         gids.append(py::make_tuple(entry.index, verbs::gid_text(entry), type_text(entry.type)));
@@ -54,7 +60,7 @@ void bind_verbs(py::module_& m) {
         [](std::string name, std::vector<std::string> devices, std::vector<std::string> addresses,
            int gid_index, std::uint16_t pkey, std::uint8_t traffic_class,
            std::uint8_t service_level, int mtu_bytes, std::uint8_t timeout,
-           std::uint8_t retry_count) {
+           std::uint8_t retry_count, bool relaxed_ordering) {
             VerbsOptions options;
             options.devices = std::move(devices);
             options.addresses = std::move(addresses);
@@ -65,13 +71,15 @@ void bind_verbs(py::module_& m) {
             options.path.mtu_bytes = mtu_bytes;
             options.path.timeout = timeout;
             options.path.retry_count = retry_count;
+            options.memory.relaxed_ordering = relaxed_ordering;
             return Engine::open(std::move(name), [&](EngineContext& context) {
                 return make_verbs_fabric(context, options);
             });
         },
         py::arg("name"), py::arg("devices"), py::arg("addresses"), py::arg("gid_index"),
         py::arg("pkey"), py::arg("traffic_class"), py::arg("service_level"), py::arg("mtu_bytes"),
-        py::arg("timeout"), py::arg("retry_count"), py::call_guard<py::gil_scoped_release>());
+        py::arg("timeout"), py::arg("retry_count"), py::arg("relaxed_ordering"),
+        py::call_guard<py::gil_scoped_release>());
     m.def("verbs_problem", &verbs::why_unavailable);
     m.def(
         "rdma_ports",

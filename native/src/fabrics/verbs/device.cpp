@@ -77,7 +77,16 @@ std::vector<GidEntry> read_gids(const fs::path& port, bool is_infiniband) {
     return gids;
 }
 
-PortFacts read_port(const fs::path& device, int number) {
+std::vector<GpuNearby> gpus_near(const PciDevice& nic, const std::vector<PciDevice>& gpus) {
+    std::vector<GpuNearby> found;
+    for (const PciDevice& gpu : gpus) {
+        found.push_back({gpu.address, distance_between(nic, gpu)});
+    }
+    std::ranges::stable_sort(found, {}, &GpuNearby::distance);
+    return found;
+}
+
+PortFacts read_port(const fs::path& device, int number, const std::vector<PciDevice>& gpus) {
     const fs::path port = device / "ports" / std::to_string(number);
     PortFacts facts;
     facts.device = device.filename().string();
@@ -91,6 +100,10 @@ PortFacts read_port(const fs::path& device, int number) {
     std::from_chars(rate.data(), rate.data() + rate.size(), gbit_per_s);
     facts.gbit_per_s = gbit_per_s;
     facts.numa_node = to_int(read_line(device / "device" / "numa_node")).value_or(-1);
+    if (const auto nic = find_pci_device(device / "device")) {
+        facts.pci_address = nic->address;
+        facts.gpus = gpus_near(*nic, gpus);
+    }
     facts.interface = read_line(port / "gid_attrs" / "ndevs" / "0");
     facts.gids = read_gids(port, facts.link_layer == "InfiniBand");
     return facts;
@@ -134,10 +147,11 @@ std::vector<PortFacts> list_ports(const std::string& sysfs) {
         devices.push_back(entry.path());
     }
     std::ranges::sort(devices);
+    const std::vector<PciDevice> gpus = list_gpus(sysfs);
     std::vector<PortFacts> ports;
     for (const fs::path& device : devices) {
         for (const int number : numbers_in(device / "ports")) {
-            ports.push_back(read_port(device, number));
+            ports.push_back(read_port(device, number, gpus));
         }
     }
     return ports;

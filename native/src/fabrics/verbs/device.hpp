@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "pci.hpp"
 #include "resources.hpp"
 
 namespace weightsync::verbs {
@@ -21,16 +22,23 @@ struct GidEntry {
 // "10.0.0.1", "fe80::1" or "fe80:0000:..." for InfiniBand.
 [[nodiscard]] std::string gid_text(const GidEntry& entry);
 
+struct GpuNearby {
+    std::string address;  // "0000:17:00.0"
+    PciDistance distance = PciDistance::kSystem;
+};
+
 // What sysfs says; needs neither libibverbs nor the right to open devices.
 struct PortFacts {
     std::string device;
     int port = 0;
     bool is_active = false;
-    std::string state;       // "ACTIVE"
-    std::string link_layer;  // "Ethernet" or "InfiniBand"
-    double gbit_per_s = 0;   // 0: unknown
-    int numa_node = -1;      // -1: unknown
-    std::string interface;   // network device, empty on InfiniBand
+    std::string state;            // "ACTIVE"
+    std::string link_layer;       // "Ethernet" or "InfiniBand"
+    double gbit_per_s = 0;        // 0: unknown
+    int numa_node = -1;           // -1: unknown
+    std::string interface;        // network device, empty on InfiniBand
+    std::string pci_address;      // "0000:17:00.0", empty for devices of software
+    std::vector<GpuNearby> gpus;  // nearest first
     std::vector<GidEntry> gids;
 };
 

@@ -17,7 +17,6 @@ struct PathOptions {
     int mtu_bytes = 0;          // 0: what the port runs with
     std::uint8_t timeout = 14;  // 4.096 us * 2^timeout for an acknowledgement: 67 ms
     std::uint8_t retry_count = 7;
-    bool relaxed_ordering = true;
 };
 
 // One end of a connection, as the other end needs it. Travels.

@@ -22,9 +22,10 @@ constexpr std::uint32_t kPlaceMask = (1U << kPlaceBits) - 1;
 
 }  // namespace
 
-Rail::Rail(const Table& table, const PortFacts& facts, const PathOptions& options, int number)
+Rail::Rail(const Table& table, const PortFacts& facts, const PathOptions& options,
+           const MemoryOptions& memory, int number)
     : context_(std::make_shared<Context>(table, facts.device)),
-      domain_(std::make_shared<ProtectionDomain>(context_)),
+      domain_(std::make_shared<ProtectionDomain>(context_, memory)),
       channel_(std::make_shared<CompletionChannel>(context_)),
       port_(open_port(*context_, facts, options)),
       name_(facts.device + ":" + std::to_string(facts.port)) {
@@ -165,24 +166,35 @@ void Rail::detach(Tag tag) noexcept {
     }
 }
 
-bool Rail::poll() {
+bool Rail::drain(CompletionQueue& queue) {
     std::array<ibv_wc, kBatch> batch;
     bool is_busy = false;
-    for (const auto& queue : completions_) {
-        int count = kBatch;
-        while (count == kBatch) {  // fewer: it is empty
-            count = queue->poll(batch);
-            for (int i = 0; i < count; ++i) {
-                const ibv_wc& completion = batch[static_cast<std::size_t>(i)];
-                const auto link = static_cast<std::uint32_t>(completion.wr_id >> 32);
-                const std::uint32_t index = link & kPlaceMask;
-                if (index < places_.size() && places_[index].link == link) {
-                    places_[index].owner->on_completion(
-                        completion, static_cast<std::uint32_t>(completion.wr_id));
-                }
+    int count = kBatch;
+    while (count == kBatch) {  // fewer: it is empty
+        count = queue.poll(batch);
+        for (int i = 0; i < count; ++i) {
+            const ibv_wc& completion = batch[static_cast<std::size_t>(i)];
+            const auto link = static_cast<std::uint32_t>(completion.wr_id >> 32);
+            const std::uint32_t index = link & kPlaceMask;
+            if (index < places_.size() && places_[index].link == link) {
+                places_[index].owner->on_completion(completion,
+                                                    static_cast<std::uint32_t>(completion.wr_id));
             }
-            is_busy = is_busy || count > 0;
         }
+        is_busy = is_busy || count > 0;
+    }
+    return is_busy;
+}
+
+bool Rail::poll() noexcept {
+    bool is_busy = false;
+    try {
+        for (std::size_t i = 0; i < completions_.size() && !is_broken_; ++i) {
+            is_busy = drain(*completions_[i]) || is_busy;
+        }
+    } catch (const std::exception& error) {
+        break_down(error.what());
+        is_busy = true;
     }
     return is_busy;
 }
@@ -212,7 +224,7 @@ bool Rail::advance_all() {
 }
 
 void Rail::set_up(bool is_up) noexcept {
-    if (is_up_.exchange(is_up) == is_up) {
+    if ((is_up && is_broken_) || is_up_.exchange(is_up) == is_up) {
         return;
     }
     for (std::size_t i = 0; i < places_.size(); ++i) {
@@ -223,14 +235,23 @@ void Rail::set_up(bool is_up) noexcept {
     }
 }
 
+// For good: queues and devices that have failed do not come back.
+void Rail::break_down(const char* why) noexcept {
+    is_broken_ = true;
+    report("verbs fabric: rail " + name_ + " is lost until the engine is opened again: " + why);
+    set_up(false);
+}
+
 void Rail::read_events() noexcept {
     ibv_async_event event{};
     while (table().get_async_event(context_->get(), &event) == 0) {
         const ibv_event_type type = event.event_type;
         const int port = event.element.port_num;
         table().ack_async_event(&event);
-        if (type == IBV_EVENT_DEVICE_FATAL ||
-            (type == IBV_EVENT_PORT_ERR && port == port_.number)) {
+        if (type == IBV_EVENT_DEVICE_FATAL || type == IBV_EVENT_CQ_ERR) {
+            break_down(type == IBV_EVENT_CQ_ERR ? "its completion queue failed"
+                                                : "the device failed");
+        } else if (type == IBV_EVENT_PORT_ERR && port == port_.number) {
             set_up(false);
         } else if (type == IBV_EVENT_PORT_ACTIVE && port == port_.number) {
             set_up(true);
@@ -268,14 +289,11 @@ void Rail::loop() {
         const std::uint32_t seen = requests_.load(std::memory_order_seq_cst);
         bool is_busy = run_work();
         next_wake_ = Clock::time_point::max();
+        is_busy = poll() || is_busy;
         try {
-            is_busy = poll() || is_busy;
             is_busy = advance_all() || is_busy;
         } catch (const std::exception& error) {
-            // The completion queue itself failed: nothing comes over this rail any more.
-            report("verbs fabric: rail " + name_ + ": " + error.what());
-            set_up(false);
-            is_busy = false;
+            break_down(error.what());
         }
         const auto now = Clock::now();
         if (is_busy) {
@@ -297,15 +315,15 @@ void Rail::loop() {
         sleeping_.store(1, std::memory_order_seq_cst);
         bool is_quiet = requests_.load(std::memory_order_seq_cst) == seen;
         try {
-            for (const auto& queue : completions_) {
-                queue->arm();
+            for (std::size_t i = 0; i < completions_.size() && !is_broken_; ++i) {
+                completions_[i]->arm();
             }
-            // What completed before the arming raises no event.
-            is_quiet = is_quiet && !poll();
         } catch (const std::exception& error) {
-            report("verbs fabric: rail " + name_ + ": " + error.what());
-            set_up(false);
+            break_down(error.what());
+            is_quiet = false;
         }
+        // What completed before the arming raises no event.
+        is_quiet = is_quiet && !poll();
         if (is_quiet) {
             sleep();
         }

@@ -56,7 +56,8 @@ struct RailCounts {
 class Rail : Counted<Kind::kThread> {
   public:
     // Opens the port and starts the thread.
-    Rail(const Table& table, const PortFacts& facts, const PathOptions& options, int number);
+    Rail(const Table& table, const PortFacts& facts, const PathOptions& options,
+         const MemoryOptions& memory, int number);
     ~Rail();
     Rail(const Rail&) = delete;
     Rail& operator=(const Rail&) = delete;
@@ -87,8 +88,9 @@ class Rail : Counted<Kind::kThread> {
     [[nodiscard]] Tag attach(std::shared_ptr<Link> link);
     // Completions that come later are dropped.
     void detach(Tag tag) noexcept;
-    // Hand out all completions that are there. Not from inside a Link's call but advance().
-    bool poll();
+    // Hand out all completions that are there; true when there was something. Not from inside a
+    // Link's call but advance(). When a queue has failed the links hear that the port is down.
+    bool poll() noexcept;
     // advance() is called again at that time at the latest.
     void wake_by(std::chrono::steady_clock::time_point when) noexcept {
         next_wake_ = std::min(next_wake_, when);
@@ -101,12 +103,14 @@ class Rail : Counted<Kind::kThread> {
         std::shared_ptr<Link> owner;
     };
     static void run(void* self);
+    bool drain(CompletionQueue& queue);
     void loop();
     bool run_work();
     bool advance_all();
     void sleep();
     void read_events() noexcept;
     void set_up(bool is_up) noexcept;
+    void break_down(const char* why) noexcept;
     [[nodiscard]] bool is_own_thread() const noexcept {
         return std::this_thread::get_id() == thread_id_.load();
     }
@@ -128,6 +132,7 @@ class Rail : Counted<Kind::kThread> {
     bool is_stopped_ = false;
 
     // on the rail's thread
+    bool is_broken_ = false;  // a completion queue, or the device, has failed
     std::vector<std::shared_ptr<CompletionQueue>> completions_;
     std::vector<Place> places_;
     std::vector<std::uint32_t> free_places_;

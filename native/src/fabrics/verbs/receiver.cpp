@@ -7,12 +7,12 @@
 namespace weightsync::verbs {
 
 Receiver::Receiver(Rail& rail, std::shared_ptr<Board> board, PathName name, std::string label,
-                   std::function<void()> on_down)
+                   std::function<void()> on_failure)
     : rail_(rail),
       board_(std::move(board)),
       name_(name),
       label_(std::move(label)),
-      on_down_(std::move(on_down)) {
+      on_failure_(std::move(on_failure)) {
     arrived_.reserve(kDepth);
 }
 
@@ -75,8 +75,7 @@ void Receiver::post_receives(std::uint32_t count) {
 
 void Receiver::on_completion(const ibv_wc& completion, std::uint32_t number) {
     if (completion.status != IBV_WC_SUCCESS) {
-        // The source sees it too, and asks for a fence.
-        is_broken_ = true;
+        fail();
         return;
     }
     if ((number & kReceiveFlag) == 0) {
@@ -115,6 +114,14 @@ bool Receiver::mark_all() noexcept {
     return true;
 }
 
+// A source that has run out of credits posts nothing, so it would never see an error of its own.
+void Receiver::fail() {
+    if (!is_broken_ && !is_closing_) {
+        on_failure_();
+    }
+    is_broken_ = true;
+}
+
 void Receiver::announce() {
     ibv_send_wr request{};
     request.wr_id = tag_.of(0);
@@ -140,9 +147,8 @@ bool Receiver::advance() {
         consumed_ = 0;
         announce();
     } catch (const std::exception& error) {
-        // The source runs out of credits or into an error, and sees to it.
         report("verbs fabric: " + label_ + ": " + error.what());
-        is_broken_ = true;
+        fail();
     }
     return true;
 }

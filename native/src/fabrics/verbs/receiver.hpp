@@ -18,9 +18,9 @@ namespace weightsync::verbs {
 // Everything but the constructor is for the rail's thread.
 class Receiver final : public Link, Counted<Kind::kSession> {
   public:
-    // `on_down`: told on the rail's thread when the port has gone down.
+    // `on_failure`: told on the rail's thread, once, when nothing can arrive any more.
     Receiver(Rail& rail, std::shared_ptr<Board> board, PathName name, std::string label,
-             std::function<void()> on_down);
+             std::function<void()> on_failure);
     ~Receiver() override;
 
     [[nodiscard]] Rail& rail() const noexcept { return rail_; }
@@ -34,7 +34,7 @@ class Receiver final : public Link, Counted<Kind::kSession> {
     bool advance() override;
     void on_port(bool is_up) override {
         if (!is_up) {
-            on_down_();
+            fail();
         }
     }
 
@@ -48,13 +48,14 @@ class Receiver final : public Link, Counted<Kind::kSession> {
 
     void post_receives(std::uint32_t count);
     void announce();
+    void fail();
     bool mark_all() noexcept;
 
     Rail& rail_;
     const std::shared_ptr<Board> board_;
     const PathName name_;
     const std::string label_;
-    const std::function<void()> on_down_;
+    const std::function<void()> on_failure_;
     std::unique_ptr<QueuePair> queue_pair_;
     Tag tag_;
     bool is_broken_ = false;

@@ -316,7 +316,9 @@ void VerbsRemote::on_failed(const PathName& name) {
         (!paths_[name.path].is_opening && !paths_[name.path].health.is_usable())) {
         return;
     }
-    on_path_failure(name.path, Error(Scope::kRail, info_->peer + ": its port went down",
+    on_path_failure(name.path, Error(Scope::kRail,
+                                     info_->peer + ": its end of the path failed, or its port "
+                                                   "went down",
                                      {{"peer", info_->peer}}));
 }
 

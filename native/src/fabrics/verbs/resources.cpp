@@ -104,8 +104,8 @@ ibv_port_attr Context::query_port(std::uint8_t port) const {
     return attr;
 }
 
-ProtectionDomain::ProtectionDomain(std::shared_ptr<Context> context)
-    : context_(std::move(context)) {
+ProtectionDomain::ProtectionDomain(std::shared_ptr<Context> context, MemoryOptions memory)
+    : context_(std::move(context)), memory_(std::move(memory)) {
     errno = 0;
     raw_ = table().alloc_pd(context_->get());
     if (raw_ == nullptr) {
@@ -119,52 +119,87 @@ ProtectionDomain::~ProtectionDomain() {
 }
 
 Registration::Registration(std::shared_ptr<ProtectionDomain> domain, std::uint64_t address,
-                           std::uint64_t nbytes, Access access, int dmabuf_fd,
-                           std::uint64_t dmabuf_offset)
+                           std::uint64_t nbytes, Access access)
     : domain_(std::move(domain)) {
-    const Table& table = domain_->table();
+    const MemoryOptions& options = domain_->memory();
+    Request request{address, nbytes, 0};
     // The library wants the right to write locally wherever a peer may write. Never the right to
     // read remotely: nobody reads.
-    const int flags =
-        access == Access::kWriteRemotely ? IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE : 0;
-    const char* call = "ibv_reg_mr";
-    errno = 0;
-    if (dmabuf_fd >= 0) {
-        call = "ibv_reg_dmabuf_mr";
-        if (table.reg_dmabuf_mr == nullptr) {
-            errno = EOPNOTSUPP;
-        } else {
-            raw_ = table.reg_dmabuf_mr(domain_->get(), dmabuf_offset, nbytes, address, dmabuf_fd,
-                                       flags | IBV_ACCESS_RELAXED_ORDERING);
+    if (access == Access::kWriteRemotely) {
+        request.access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
+    }
+    if (options.relaxed_ordering) {
+        request.access |= IBV_ACCESS_RELAXED_ORDERING;
+    }
+    std::string no_dmabuf;  // of GPU memory: why
+    if (const GpuDriver* gpu = options.gpu_driver();
+        gpu != nullptr && is_gpu_memory(*gpu, address)) {
+        DmaBuf buffer = export_dmabuf(*gpu, address, nbytes);
+        if (buffer.fd) {
+            raw_ = pin_dmabuf(request, buffer);
         }
-    } else {
-        auto* pointer = reinterpret_cast<void*>(address);
-        if (table.reg_mr_iova2 != nullptr) {
-            // PCIe may then reorder the bytes of writes, but nothing overtakes a completion.
-            raw_ = table.reg_mr_iova2(domain_->get(), pointer, nbytes, address,
-                                      static_cast<unsigned>(flags | IBV_ACCESS_RELAXED_ORDERING));
-        }
-        if (raw_ == nullptr) {
-            errno = 0;
-            raw_ = table.reg_mr(domain_->get(), pointer, nbytes, flags);
-        }
+        no_dmabuf = buffer.problem;
     }
     if (raw_ == nullptr) {
-        const int error = last_error();
-        std::string advice = "check `ulimit -l` (memory must be lockable) and free memory";
-        if (error == EFAULT) {
-            advice =
-                "the memory is not all mapped, or not host memory: GPU memory needs a dma-buf "
-                "(Linux 5.12, rdma-core 34, an open GPU driver) or the nvidia_peermem module";
-        } else if (error == EOPNOTSUPP || error == EPROTONOSUPPORT) {
-            advice = "this device takes no dma-buf; load the nvidia_peermem kernel module";
-        }
-        throw os_error(Scope::kMemory,
-                       std::string(call) + " of " + std::to_string(nbytes) + " bytes on " +
-                           domain_->context()->device(),
-                       error, advice);
+        raw_ = pin(request);
+    }
+    if (raw_ == nullptr) {
+        refuse(request, last_error(), no_dmabuf);
     }
     created();
+}
+
+ibv_mr* Registration::pin(const Request& request) const {
+    const Table& table = domain_->table();
+    auto* pointer = reinterpret_cast<void*>(request.address);
+    ibv_mr* made = nullptr;
+    if (table.reg_mr_iova2 != nullptr) {
+        errno = 0;
+        made = table.reg_mr_iova2(domain_->get(), pointer, request.nbytes, request.address,
+                                  static_cast<unsigned>(request.access));
+    }
+    if (made == nullptr) {
+        errno = 0;
+        made = table.reg_mr(domain_->get(), pointer, request.nbytes,
+                            request.access & ~IBV_ACCESS_RELAXED_ORDERING);
+    }
+    return made;
+}
+
+// The mapping keeps the buffer: its descriptor may be closed afterwards.
+ibv_mr* Registration::pin_dmabuf(const Request& request, DmaBuf& buffer) const {
+    const Table& table = domain_->table();
+    if (table.reg_dmabuf_mr == nullptr) {
+        buffer.problem = "this libibverbs takes none: rdma-core 34 does";
+        return nullptr;
+    }
+    errno = 0;
+    ibv_mr* made = table.reg_dmabuf_mr(domain_->get(), buffer.offset, request.nbytes,
+                                       request.address, buffer.fd.get(), request.access);
+    if (made == nullptr) {
+        const int error = last_error();
+        buffer.problem = "ibv_reg_dmabuf_mr: " + errno_text(error) +
+                         (error == EOPNOTSUPP || error == EPROTONOSUPPORT
+                              ? ": Linux 5.12 and a NIC such as ConnectX-5 are needed"
+                              : "");
+    }
+    return made;
+}
+
+void Registration::refuse(const Request& request, int error, const std::string& no_dmabuf) const {
+    const std::string size = std::to_string(request.nbytes) + " bytes";
+    const std::string device = " on " + domain_->context()->device();
+    if (no_dmabuf.empty()) {
+        throw os_error(Scope::kMemory, "ibv_reg_mr of " + size + device, error,
+                       error == EFAULT
+                           ? "the memory is not all mapped"
+                           : "check `ulimit -l` (memory must be lockable) and free memory");
+    }
+    const bool is_loaded = has_peermem(domain_->memory().sysfs);
+    throw os_error(
+        Scope::kMemory, "ibv_reg_mr of " + size + " of GPU memory" + device, error,
+        "no dma-buf (" + no_dmabuf + "), and the kernel module nvidia_peermem " +
+            (is_loaded ? "refuses; see the kernel log" : "is not loaded: modprobe nvidia_peermem"));
 }
 
 Registration::~Registration() {

@@ -11,6 +11,7 @@
 #include <weightsync/error.hpp>
 #include <weightsync/os.hpp>
 
+#include "gpu_memory.hpp"
 #include "table.hpp"
 
 namespace weightsync::verbs {
@@ -39,19 +40,34 @@ class Context {
     ibv_context* raw_ = nullptr;
 };
 
+// How memory is registered.
+struct MemoryOptions {
+    // PCIe may reorder the bytes of writes, which is faster where it matters; nothing overtakes a
+    // completion all the same.
+    bool relaxed_ordering = true;
+    const GpuDriver* gpu = nullptr;  // for tests; null: loaded_gpu_driver()
+    std::string sysfs = "/sys";
+
+    [[nodiscard]] const GpuDriver* gpu_driver() const {
+        return gpu == nullptr ? loaded_gpu_driver() : gpu;
+    }
+};
+
 class ProtectionDomain {
   public:
-    explicit ProtectionDomain(std::shared_ptr<Context> context);
+    explicit ProtectionDomain(std::shared_ptr<Context> context, MemoryOptions memory = {});
     ~ProtectionDomain();
     ProtectionDomain(const ProtectionDomain&) = delete;
     ProtectionDomain& operator=(const ProtectionDomain&) = delete;
 
     [[nodiscard]] const Table& table() const noexcept { return context_->table(); }
     [[nodiscard]] const std::shared_ptr<Context>& context() const noexcept { return context_; }
+    [[nodiscard]] const MemoryOptions& memory() const noexcept { return memory_; }
     [[nodiscard]] ibv_pd* get() const noexcept { return raw_; }
 
   private:
     std::shared_ptr<Context> context_;
+    MemoryOptions memory_;
     ibv_pd* raw_ = nullptr;
 };
 
@@ -60,11 +76,10 @@ class Registration {
   public:
     enum class Access : std::uint8_t { kReadLocally, kWriteRemotely };
 
-    // Pins the pages. Throws kMemory naming what to check. `dmabuf_fd`: GPU memory exported by its
-    // driver, starting at `dmabuf_offset`; -1 for host memory, or where peermem must do.
+    // Pins the pages. Memory of a GPU by a dma-buf, else by its peer memory module. Throws kMemory
+    // naming what to check, or what is missing.
     Registration(std::shared_ptr<ProtectionDomain> domain, std::uint64_t address,
-                 std::uint64_t nbytes, Access access, int dmabuf_fd = -1,
-                 std::uint64_t dmabuf_offset = 0);
+                 std::uint64_t nbytes, Access access);
     ~Registration();
     Registration(const Registration&) = delete;
     Registration& operator=(const Registration&) = delete;
@@ -73,6 +88,16 @@ class Registration {
     [[nodiscard]] std::uint32_t rkey() const noexcept { return raw_->rkey; }
 
   private:
+    struct Request {
+        std::uint64_t address = 0;
+        std::uint64_t nbytes = 0;
+        int access = 0;
+    };
+    // Null, and errno, when the library refuses.
+    [[nodiscard]] ibv_mr* pin(const Request& request) const;
+    [[nodiscard]] ibv_mr* pin_dmabuf(const Request& request, DmaBuf& buffer) const;
+    [[noreturn]] void refuse(const Request& request, int error, const std::string& no_dmabuf) const;
+
     std::shared_ptr<ProtectionDomain> domain_;
     ibv_mr* raw_ = nullptr;
 };

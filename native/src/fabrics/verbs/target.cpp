@@ -46,13 +46,12 @@ Descriptor Descriptor::decode(std::span<const std::byte> bytes) {
 }
 
 VerbsTarget::VerbsTarget(EngineContext& context, net::Reactor& reactor, net::Listener& listener,
-                         const Rails& rails, TargetSpec spec, std::function<void()> flush)
+                         const Rails& rails, TargetSpec spec)
     : context_(context),
       reactor_(reactor),
       listener_(listener),
       rails_(rails),
       spec_(std::move(spec)),
-      flush_(std::move(flush)),
       board_(std::make_shared<Board>(Board::in_heap(spec_.slots, context.progress.event.get()))) {
     descriptor_.target_id = listener_.next_target_id();
     descriptor_.generation = spec_.generation;
@@ -76,7 +75,11 @@ void VerbsTarget::register_ranges() {
         }
         ranges_.push_back({range, {}});
     }
+    const GpuDriver* gpu = rails_.front()->domain()->memory().gpu_driver();
     for (RemoteRange& range : ranges_) {
+        if (gpu != nullptr) {
+            flush_.add(*gpu, range.range.base);
+        }
         for (const auto& rail : rails_) {
             registrations_.push_back(
                 std::make_unique<Registration>(rail->domain(), range.range.base, range.range.nbytes,

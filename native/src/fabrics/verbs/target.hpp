@@ -1,7 +1,6 @@
 // The sink's end: memory registered for writing, one receiver per path of every source.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -33,7 +32,7 @@ struct Descriptor {
 class VerbsTarget final : public TargetPort, public std::enable_shared_from_this<VerbsTarget> {
   public:
     VerbsTarget(EngineContext& context, net::Reactor& reactor, net::Listener& listener,
-                const Rails& rails, TargetSpec spec, std::function<void()> flush);
+                const Rails& rails, TargetSpec spec);
     ~VerbsTarget() override { close(); }
     // After construction: lets sources in.
     void serve();
@@ -43,11 +42,7 @@ class VerbsTarget final : public TargetPort, public std::enable_shared_from_this
         return descriptor_.encode();
     }
     void fence(bool discard) override;
-    void flush() override {
-        if (flush_) {
-            flush_();
-        }
-    }
+    void flush() override { flush_.run(); }
     void close() noexcept override;
 
   private:
@@ -76,7 +71,7 @@ class VerbsTarget final : public TargetPort, public std::enable_shared_from_this
     net::Listener& listener_;
     const Rails& rails_;
     TargetSpec spec_;
-    const std::function<void()> flush_;  // for memory of devices; null for the host's
+    GpuFlush flush_;
     Descriptor descriptor_;
     std::shared_ptr<Board> board_;
     std::vector<RemoteRange> ranges_;  // neighbours merged

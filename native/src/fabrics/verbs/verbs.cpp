@@ -56,7 +56,7 @@ std::vector<PortFacts> choose_ports(const VerbsOptions& options) {
 class VerbsFabric final : public Fabric {
   public:
     VerbsFabric(EngineContext& context, const VerbsOptions& options)
-        : context_(context), flush_(options.flush), reactor_("ws-verbs-ctl") {
+        : context_(context), reactor_("ws-verbs-ctl") {
         const Table& table = options.table == nullptr ? system_table() : *options.table;
         std::vector<net::Address> addresses;
         for (const std::string& host : options.addresses) {
@@ -68,8 +68,8 @@ class VerbsFabric final : public Fabric {
         listener_ = std::make_unique<net::Listener>(context_, reactor_, std::move(addresses));
         std::vector<std::shared_ptr<ProtectionDomain>> domains;
         for (const PortFacts& port : choose_ports(options)) {
-            rails_.push_back(
-                std::make_unique<Rail>(table, port, options.path, static_cast<int>(rails_.size())));
+            rails_.push_back(std::make_unique<Rail>(table, port, options.path, options.memory,
+                                                    static_cast<int>(rails_.size())));
             domains.push_back(rails_.back()->domain());
         }
         memory_ = std::make_shared<LocalMemory>(
@@ -87,8 +87,8 @@ class VerbsFabric final : public Fabric {
     [[nodiscard]] std::string_view name() const noexcept override { return "verbs"; }
 
     [[nodiscard]] std::shared_ptr<TargetPort> export_target(TargetSpec spec) override {
-        auto target = std::make_shared<VerbsTarget>(context_, reactor_, *listener_, rails_,
-                                                    std::move(spec), flush_);
+        auto target =
+            std::make_shared<VerbsTarget>(context_, reactor_, *listener_, rails_, std::move(spec));
         target->serve();
         return target;
     }
@@ -173,7 +173,6 @@ class VerbsFabric final : public Fabric {
     }
 
     EngineContext& context_;
-    const std::function<void()> flush_;
     // Before those that are watched on it.
     net::Reactor reactor_;
     std::unique_ptr<net::Listener> listener_;

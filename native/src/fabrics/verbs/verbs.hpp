@@ -1,7 +1,6 @@
 // How the fabric is opened.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,8 +15,7 @@ struct VerbsOptions {
     std::vector<std::string> devices;    // "mlx5_0" or "mlx5_0:1"; empty: all active ports
     std::vector<std::string> addresses;  // of the control connection; empty: loopback
     verbs::PathOptions path;
-    // Makes what a NIC placed in device memory readable there; null for host memory.
-    std::function<void()> flush;
+    verbs::MemoryOptions memory;
     // For tests.
     const verbs::Table* table = nullptr;
     std::string sysfs = "/sys";

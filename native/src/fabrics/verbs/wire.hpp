@@ -25,7 +25,7 @@ enum class Type : std::uint8_t {
     kFence = 6,    // source: the path is dead
     kFenced = 7,   // sink: nothing of it can land any more
     kGone = 8,     // sink: the target was fenced or closed
-    kFailed = 9,   // sink: the port of this path went down
+    kFailed = 9,   // sink: its end of the path does not work any more
 };
 
 struct Welcome {
