@@ -11,13 +11,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from weightsync.errors import ConfigError, WeightSyncError
+from weightsync.settings import CA_NAME, ENV_JOB, ENV_TOKEN_FILE, TOKEN_NAME
+
+if TYPE_CHECKING:
+    from weightsync.certs import Certs
 
 __all__ = ["app", "main"]
 
@@ -47,6 +51,8 @@ bench = typer.Typer(
 )
 app.add_typer(bench)
 
+FABRIC_HELP = "local, tcp, verbs, ofi:tcp, ofi:shm or another provider of libfabric."
+
 
 @app.command()
 def demo(
@@ -61,6 +67,9 @@ def demo(
         str | None,
         typer.Option(metavar="trainer:STEP", help="Kill the last trainer while it writes."),
     ] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Talk over grpcs://, with a CA and a token of this run.")
+    ] = False,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Perfetto trace; default traces/demo-<time>.json."),
@@ -85,6 +94,7 @@ def demo(
             model=model,
             mode="staged" if mode == "staged" else "in_place",
             kill_step=DemoOptions.parse_kill(kill),
+            tls=tls,
             trace=trace,
         )
         return run_demo(options, console)
@@ -100,7 +110,7 @@ def transfer(
     tensors: Annotated[
         int, typer.Option(help="Cut into so many; sizes are mixed above a mean of 1 MiB.")
     ] = 200,
-    fabric: Annotated[str, typer.Option(help="local or tcp.")] = "local",
+    fabric: Annotated[str, typer.Option(help=FABRIC_HELP)] = "local",
     memory: Annotated[
         str, typer.Option(help="Of the sink: shared (sources write) or private (it reads).")
     ] = "shared",
@@ -130,6 +140,46 @@ def transfer(
     execute("bench_transfer", run, as_json=as_json, debug=debug)
 
 
+@bench.command("fabric")
+def bench_fabric(
+    fabric: Annotated[str, typer.Option(help=FABRIC_HELP)] = "local",
+    memory: Annotated[
+        str, typer.Option(help="Of the readers: shared (the fabric's own) or private.")
+    ] = "shared",
+    num_bytes: Annotated[
+        str, typer.Option("--bytes", metavar="SIZE", help="Payload of one measurement.")
+    ] = "256MiB",
+    peers: Annotated[int, typer.Option(help="Readers of the fan-out.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed pairs with the baseline.")] = 5,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Write in every size and manner, check every word, compare with plain means.
+
+    Sweeps the size of writes beside plain copies or sockets, then pages, the rate of small posts,
+    a fan-out to several readers, and the latency of 8 bytes.
+
+    Examples: weightsync bench fabric --fabric tcp; weightsync bench fabric --memory private --json
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.bench.fabric import FabricOptions, run_fabric
+        from weightsync.units import parse_bytes
+
+        if memory not in ("shared", "private"):
+            raise ConfigError(f"--memory {memory}: shared or private")
+        options = FabricOptions(
+            fabric=fabric,
+            memory="shared" if memory == "shared" else "private",
+            nbytes=parse_bytes(num_bytes),
+            peers=peers,
+            repeats=repeats,
+        )
+        return run_fabric(options, console)
+
+    execute("bench_fabric", run, as_json=as_json, debug=debug)
+
+
 @app.command()
 def doctor(as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
     """Say what this host can do, and what to install for more."""
@@ -140,6 +190,71 @@ def doctor(as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
         return run_doctor(console)
 
     execute("doctor", run, as_json=as_json, debug=debug)
+
+
+@app.command(
+    # A paragraph each, or their lines would be joined.
+    epilog="Examples:\n\n"
+    "  weightsync certs --host trainer-0 --host 10.0.0.1\n\n"
+    "  weightsync certs --host trainer-0.cluster --dir /etc/weightsync --days 30\n\n"
+    "  weightsync certs --renew --dir /etc/weightsync\n\n"
+)
+def certs(
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="DNS name or IP address under which others reach the coordinator; may be "
+            "repeated. Default: the name of this host. Loopback is always included.",
+        ),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Takes the files.")] = Path(
+        "certs"
+    ),
+    days: Annotated[
+        int | None,
+        typer.Option(help="Validity of the server's certificate. Default: 365, or the CA's end."),
+    ] = None,
+    renew: Annotated[
+        bool,
+        typer.Option("--renew", help="A new server certificate only; members keep what they have."),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace everything; every member needs new copies."),
+    ] = False,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Make what a job on grpcs:// needs: a CA, a server certificate and a token.
+
+    Run it once, where the coordinator will run. Every other host needs copies of ca.pem and token.
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.certs import make_certs, renew_certs
+
+        hosts = [] if host is None else host
+        if renew and force:
+            raise ConfigError("--renew keeps the CA and the token, --force replaces them: choose")
+        made = (
+            renew_certs(folder, hosts, days=days)
+            if renew
+            else make_certs(folder, hosts, days=days, force=force)
+        )
+        _say_certs(console, made, renewed=renew)
+        return {
+            "ok": True,
+            "folder": str(made.folder),
+            "files": {name: str(made.folder / name) for name in made.names},
+            "hosts": list(made.server.hosts),
+            "not_after": made.server.not_after.isoformat(),
+            "ca_not_after": made.ca.not_after.isoformat(),
+            "ca_sha256": made.ca.fingerprint,
+            "renewed": renew,
+        }
+
+    execute("certs", run, as_json=as_json, debug=debug)
 
 
 def execute(
@@ -185,6 +300,34 @@ def main() -> None:
 
 def _say_error(text: str) -> None:
     Console(stderr=True).print(Text(text, "bold red"), soft_wrap=True)
+
+
+def _say_certs(console: Console, made: Certs, *, renewed: bool) -> None:
+    """What was written, and what to do with it; never what is in it."""
+    folder, host = made.folder.resolve(), made.server.public_host
+    url = "grpcs://NAME:7431" if host is None else f"grpcs://{host}:7431"
+    lines = [
+        f"{folder}: for {', '.join(made.server.hosts)}",
+        f"  valid until {made.server.not_after:%Y-%m-%d %H:%M} UTC, the CA until "
+        f"{made.ca.not_after:%Y-%m-%d}",
+    ]
+    lines += [f"  {name:<11} {what}" for name, what in made.names.items()]
+    if renewed:
+        lines += ["", "Next: start the job again. Members keep their copies."]
+    else:
+        lines += [
+            "",
+            "Next, in the process that hosts the job:",
+            f'  Job.start("grpcs://0.0.0.0:7431", token_file="{folder / TOKEN_NAME}")',
+            "for every other host:",
+            f"  ssh HOST mkdir -p -m 700 {folder}",
+            f"  scp -p {folder / CA_NAME} {folder / TOKEN_NAME} HOST:{folder}/",
+            "and in the environment of sources and sinks there:",
+            f"  export {ENV_TOKEN_FILE}={folder / TOKEN_NAME}",
+            f"  export {ENV_JOB}={url}",
+        ]
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 def _plant(name: str) -> None:

@@ -23,8 +23,10 @@ from weightsync.ir.layout import Layout
 from weightsync.ir.plan import PlanOptions
 from weightsync.report import Stage, VersionReport
 from weightsync.runtime.receiver import Receiver
+from weightsync.service.address import TcpAddress, parse_url
 from weightsync.service.coordinator import Coordinator
 from weightsync.service.core_types import CoreOptions
+from weightsync.service.credentials import MemberCredentials, load_member, load_server
 from weightsync.service.session import fetch_status
 from weightsync.service.sink import SinkHooks, SinkMember
 from weightsync.service.source import OpenVersion, SourceMember
@@ -58,9 +60,15 @@ class Job:
         url: What the other processes connect to.
     """
 
-    def __init__(self, url: str, coordinator: Coordinator | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        coordinator: Coordinator | None = None,
+        credentials: MemberCredentials | None = None,
+    ) -> None:
         self.url = url
         self._coordinator = coordinator
+        self._credentials = credentials
 
     @classmethod
     def start(
@@ -71,44 +79,81 @@ class Job:
         lease_s: float = 10.0,
         journal: str | Path | None = None,
         bucket_bytes: int | None = None,
+        token_file: str | Path | None = None,
+        ca_file: str | Path | None = None,
+        cert_file: str | Path | None = None,
+        key_file: str | Path | None = None,
     ) -> Job:
         """Host the coordinator of a new job in this process.
 
         Args:
-            url: `unix:PATH`; None takes a socket in a fresh private directory.
+            url: `unix:PATH` for one host; `grpcs://HOST:PORT` for several (port 0: a free one; host
+                0.0.0.0 or [::]: every address). None takes a socket in a fresh private directory.
             min_replicas: Fewest complete replicas that a version needs.
             lease_s: A member that is silent for longer is taken for lost.
             journal: SQLite file that survives this process; a job started again on it goes on
                 with its versions. None keeps decisions in memory.
             bucket_bytes: Size of the unit that is staged, tracked and verified; None: 64 MiB.
+            token_file: The job's token, made by `weightsync certs`. For grpcs:// only, like the
+                following; None reads $WEIGHTSYNC_TOKEN_FILE.
+            ca_file: None reads $WEIGHTSYNC_CA_FILE, else takes ca.pem beside the token.
+            cert_file: None reads $WEIGHTSYNC_CERT_FILE, else takes server.pem beside the token.
+            key_file: None reads $WEIGHTSYNC_KEY_FILE, else takes server.key beside the token.
 
         Raises:
-            ConfigError: The URL is taken or of a kind that is not served yet.
+            ConfigError: The URL is taken, of a kind that is not served, or needs files that are not
+                there; the certificate is not for this host.
+            AuthError: The certificate is not valid now.
         """
         if min_replicas < 1:
             raise ConfigError(f"min_replicas={min_replicas}: at least 1")
         options = CoreOptions(min_replicas=min_replicas, lease_s=lease_s)
         path = Path(journal) if journal is not None else None
         plans = PlanOptions() if bucket_bytes is None else PlanOptions(bucket_bytes=bucket_bytes)
-        coordinator = Coordinator(url, journal=path, options=options, plan_options=plans)
-        return cls(coordinator.url, coordinator)
+        member = server = None
+        if url is not None and isinstance(parse_url(url), TcpAddress):
+            settings = Settings.resolve(
+                job=url,
+                token_file=token_file,
+                ca_file=ca_file,
+                cert_file=cert_file,
+                key_file=key_file,
+            )
+            server, member = load_server(settings), load_member(settings)
+        coordinator = Coordinator(
+            url, credentials=server, journal=path, options=options, plan_options=plans
+        )
+        return cls(coordinator.url, coordinator, member)
 
     @classmethod
-    def connect(cls, url: str | None = None) -> Job:
-        """Name a job that another process hosts; None reads $WEIGHTSYNC_JOB.
+    def connect(
+        cls,
+        url: str | None = None,
+        *,
+        token_file: str | Path | None = None,
+        ca_file: str | Path | None = None,
+    ) -> Job:
+        """Name a job that another process hosts. Connects to nobody yet.
+
+        Args:
+            url: None reads $WEIGHTSYNC_JOB.
+            token_file: For grpcs://, a copy of the job's token; None reads $WEIGHTSYNC_TOKEN_FILE.
+            ca_file: None reads $WEIGHTSYNC_CA_FILE, else takes ca.pem beside the token.
 
         Raises:
-            ConfigError: No URL given, or a bad one.
+            ConfigError: No URL given, or a bad one; a file that is not there or open to others.
         """
-        return cls(Settings.resolve(job=url).require_job_url())
+        settings = Settings.resolve(job=url, token_file=token_file, ca_file=ca_file)
+        return cls(settings.require_job_url(), None, _credentials(settings))
 
     def status(self) -> dict[str, Any]:
         """Committed version, phase, and what every replica serves. Blocks for one round trip.
 
         Raises:
             PeerLostError: Nobody hosts the job.
+            AuthError: The token or a certificate is not accepted.
         """
-        reply = fetch_status(self.url)
+        reply = fetch_status(self.url, self._credentials)
         return {
             "committed_version": reply.committed_version,
             "last_version": reply.last_version,
@@ -191,6 +236,7 @@ class Source:
         LayoutError: The weights cannot be described.
         PlanBudgetError: `staging_bytes` is too small for any write.
         PeerLostError: No coordinator answers.
+        AuthError: The job's token or certificate is not accepted.
     """
 
     def __init__(
@@ -216,7 +262,7 @@ class Source:
                 f"source {self.rank}: staging_bytes={staging_bytes} is less than the "
                 f"{_MIN_STAGING_BYTES} that one packed write needs; leave it out for two buckets"
             )
-        settings = Settings.resolve(job=_job_url(job), timeout_s=timeout_s)
+        settings, credentials = _resolve(job, timeout_s)
         self._timeout_s = settings.timeout_s
         held = SourceWeights(weights, layout=layout, rank=self.rank, dtype=dtype)
         self._weights = held
@@ -236,6 +282,7 @@ class Source:
             staging_bytes=staging_bytes if staging_bytes is not None else 0,
             threads=threads,
             connect_timeout_s=min(settings.connect_timeout_s, timeout_s),
+            credentials=credentials,
         )
         try:
             self._member.join()
@@ -322,6 +369,7 @@ class Sink:
         ConfigError: This replica and rank have joined already, or weights that cannot be used.
         UnknownTensorError, LayoutError, DtypeMismatchError: `weights` are not what `layout` says.
         PeerLostError: No coordinator answers.
+        AuthError: The job's token or certificate is not accepted.
     """
 
     def __init__(
@@ -346,7 +394,7 @@ class Sink:
             raise ConfigError(f"mode={mode!r}: 'staged' or 'in_place'")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank} is outside world_size={world_size}")
-        settings = Settings.resolve(job=_job_url(job), timeout_s=timeout_s)
+        settings, credentials = _resolve(job, timeout_s)
         self._timeout_s = settings.timeout_s
         manifest = layout.manifest(rank)
         tensors = sink_tensors(weights, manifest, label=f"sink {replica}/{rank}")
@@ -363,6 +411,7 @@ class Sink:
             fabric_name=fabric,
             hooks=hooks,
             connect_timeout_s=min(settings.connect_timeout_s, timeout_s),
+            credentials=credentials,
         )
         try:
             self._member.join()
@@ -431,8 +480,17 @@ class Sink:
         self.close()
 
 
-def _job_url(job: Job | str | None) -> str | None:
-    return job.url if isinstance(job, Job) else job
+def _resolve(job: Job | str | None, timeout_s: float) -> tuple[Settings, MemberCredentials | None]:
+    """Where the job is and how to prove that we belong to it; a Job brings its own proof."""
+    if isinstance(job, Job):
+        return Settings.resolve(job=job.url, timeout_s=timeout_s), job._credentials
+    settings = Settings.resolve(job=job, timeout_s=timeout_s)
+    return settings, _credentials(settings)
+
+
+def _credentials(settings: Settings) -> MemberCredentials | None:
+    is_tcp = isinstance(parse_url(settings.require_job_url()), TcpAddress)
+    return load_member(settings) if is_tcp else None
 
 
 def _find_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -30,6 +30,8 @@ from rich.text import Text
 
 from weightsync.encodings import kernels
 from weightsync.errors import WeightSyncError
+from weightsync.service import selftest
+from weightsync.settings import ENV_JOB, Settings
 from weightsync.transport.fabrics import open_fabric
 from weightsync.transport.verbs import RdmaPort, rdma_ports, verbs_problem
 from weightsync.units import GIB, MIB, format_bytes
@@ -44,6 +46,8 @@ _MIN_FILES: Final = 1024
 _MIN_FREE: Final = 2 * GIB
 _MIN_SHM: Final = 1 * GIB
 _PROBE_S: Final = 20.0
+_ANSWER_S: Final = 5.0
+_MIN_DAYS: Final = 7
 _PR_SET_PTRACER: Final = 0x59616D61
 _SECCOMP: Final = {"0": "off", "1": "strict", "2": "filter"}
 _F_ADD_SEALS: Final = 1033
@@ -150,6 +154,8 @@ def examine(host: Host | None = None) -> list[Check]:
         _process_read,
         _local_fabric,
         _tcp_fabric,
+        _tls,
+        _job,
         _limits,
         _torch,
         _cuda,
@@ -314,6 +320,39 @@ def _sockets(host: Host) -> Iterator[Check]:
         yield Check("job socket", "missing", f"{tempfile.gettempdir()}: {error}", next_step, True)
     else:
         yield Check("job socket", "ok", f"Unix sockets in {tempfile.gettempdir()}")
+
+
+def _tls(host: Host) -> Iterator[Check]:
+    try:
+        selftest.try_tls(_ANSWER_S)
+    except (WeightSyncError, OSError) as error:
+        yield Check("job over TLS", "missing", str(error), "unix: jobs work; see the message")
+    else:
+        yield Check("job over TLS", "ok", "a job on 127.0.0.1 answered over grpcs://")
+
+
+def _job(host: Host) -> Iterator[Check]:
+    """The job that this environment names, if any, and how long its certificate lasts."""
+    try:
+        settings = Settings.resolve(environ=host.environ)
+        certificate = selftest.server_certificate(settings)
+        if certificate is not None:
+            left = selftest.days_left(certificate)
+            text = f"for {', '.join(certificate.hosts)}, until {certificate.not_after:%Y-%m-%d}"
+            if left < _MIN_DAYS:
+                next_step = "weightsync certs --renew, then start the job again"
+                yield Check("job certificate", "warning", text, next_step)
+            else:
+                yield Check("job certificate", "ok", text)
+        if settings.job_url is None:
+            yield Check("job", "ok", f"${ENV_JOB} names none")
+            return
+        status = selftest.ask_job(settings, _ANSWER_S)
+    except WeightSyncError as error:
+        yield Check("job", "missing", f"{type(error).__name__}: {error}", "see the message")
+    else:
+        found = f"{settings.job_url}: {status.phase}, version {status.committed_version} committed"
+        yield Check("job", "ok", found)
 
 
 def _process_read(host: Host) -> Iterator[Check]:

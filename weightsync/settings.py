@@ -11,10 +11,33 @@ from typing import Final
 
 from weightsync.errors import ConfigError
 
-__all__ = ["ENV_JOB", "ENV_TOKEN_FILE", "JOB_SCHEMES", "Settings", "check_job_url"]
+__all__ = [
+    "CA_NAME",
+    "CERT_NAME",
+    "ENV_CA_FILE",
+    "ENV_CERT_FILE",
+    "ENV_JOB",
+    "ENV_KEY_FILE",
+    "ENV_TOKEN_FILE",
+    "JOB_SCHEMES",
+    "KEY_NAME",
+    "TOKEN_NAME",
+    "Settings",
+    "check_job_url",
+]
 
 ENV_JOB: Final = "WEIGHTSYNC_JOB"
 ENV_TOKEN_FILE: Final = "WEIGHTSYNC_TOKEN_FILE"
+ENV_CA_FILE: Final = "WEIGHTSYNC_CA_FILE"
+ENV_CERT_FILE: Final = "WEIGHTSYNC_CERT_FILE"
+ENV_KEY_FILE: Final = "WEIGHTSYNC_KEY_FILE"
+
+# What `weightsync certs` calls its files. Those beside the token are found without being named.
+TOKEN_NAME: Final = "token"
+CA_NAME: Final = "ca.pem"
+CERT_NAME: Final = "server.pem"
+KEY_NAME: Final = "server.key"
+
 JOB_SCHEMES: Final = ("unix:", "grpc://", "grpcs://", "ray-actor:")
 
 # Long enough for the slowest step of a large fleet, short enough that a hang is seen the same hour.
@@ -35,6 +58,12 @@ def check_job_url(url: str) -> str:
     Raises:
         ConfigError: Another scheme, or nothing behind the scheme.
     """
+    if "@" in url and not url.startswith("unix:"):
+        # Not shown: what stands before the @ is likely to be a secret.
+        raise ConfigError(
+            "a job URL carries no user and no token (there is an @ in it); "
+            f"name the token's file in token_file= or ${ENV_TOKEN_FILE}"
+        )
     for scheme in JOB_SCHEMES:
         if url.startswith(scheme) and len(url) > len(scheme):
             return url
@@ -50,6 +79,9 @@ class Settings:
     Args:
         job_url: Address of the coordinator; None where this process hosts it.
         token_file: File that holds the job's token; None for jobs that need none.
+        ca_file: Certificate of the job's CA, for grpcs://.
+        cert_file: Certificate of the server; needed where a grpcs:// job is hosted.
+        key_file: Private key of that certificate.
         timeout_s: Deadline of one version, in seconds.
         connect_timeout_s: Deadline of reaching the coordinator, in seconds.
 
@@ -59,6 +91,9 @@ class Settings:
 
     job_url: str | None = None
     token_file: Path | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S
 
@@ -76,6 +111,9 @@ class Settings:
         *,
         job: str | None = None,
         token_file: str | Path | None = None,
+        ca_file: str | Path | None = None,
+        cert_file: str | Path | None = None,
+        key_file: str | Path | None = None,
         timeout_s: float | None = None,
         connect_timeout_s: float | None = None,
         environ: Mapping[str, str] | None = None,
@@ -85,13 +123,16 @@ class Settings:
         Args:
             job: Job URL; None reads $WEIGHTSYNC_JOB.
             token_file: Path; None reads $WEIGHTSYNC_TOKEN_FILE.
+            ca_file: Path; None reads $WEIGHTSYNC_CA_FILE, else takes ca.pem beside the token.
+            cert_file: Path; None reads $WEIGHTSYNC_CERT_FILE, else server.pem beside the token.
+            key_file: Path; None reads $WEIGHTSYNC_KEY_FILE, else server.key beside the token.
             timeout_s: Deadline of one version in seconds; None takes the default.
             connect_timeout_s: Deadline of connecting in seconds; None takes the default.
             environ: Variables to read; None means those of this process. An empty variable counts
                 as not set.
 
         Returns:
-            Checked settings. The token file is not opened here.
+            Checked settings. No file is opened here.
 
         Raises:
             ConfigError: As the constructor; the message names the variable a bad URL came from.
@@ -103,11 +144,18 @@ class Settings:
                 check_job_url(job)
             except ConfigError as error:
                 raise ConfigError(f"${ENV_JOB}: {error}") from None
-        if token_file is None and variables.get(ENV_TOKEN_FILE):
-            token_file = variables[ENV_TOKEN_FILE]
+        token = _path(token_file, variables.get(ENV_TOKEN_FILE))
+
+        def beside(explicit: str | Path | None, variable: str, name: str) -> Path | None:
+            found = _path(explicit, variables.get(variable))
+            return token.parent / name if found is None and token is not None else found
+
         return cls(
             job_url=job,
-            token_file=None if token_file is None else Path(token_file),
+            token_file=token,
+            ca_file=beside(ca_file, ENV_CA_FILE, CA_NAME),
+            cert_file=beside(cert_file, ENV_CERT_FILE, CERT_NAME),
+            key_file=beside(key_file, ENV_KEY_FILE, KEY_NAME),
             timeout_s=DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s,
             connect_timeout_s=(
                 DEFAULT_CONNECT_TIMEOUT_S if connect_timeout_s is None else connect_timeout_s
@@ -123,3 +171,9 @@ class Settings:
         if self.job_url is None:
             raise ConfigError(f"no job given: pass job=URL or set ${ENV_JOB}")
         return self.job_url
+
+
+def _path(explicit: str | Path | None, variable: str | None) -> Path | None:
+    if explicit is not None:
+        return Path(explicit)
+    return Path(variable) if variable else None

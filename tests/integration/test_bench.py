@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.fabrics import ofi_problem
 from weightsync.bench import content
 from weightsync.bench.baseline import Memcpy, ProcessRead
 from weightsync.bench.sink import _Sink
@@ -35,35 +34,9 @@ KEYS = {
     *("schema", "fabric", "memory", "bytes", "tensors", "seconds", "gb_per_s"),
     *("publish_gb_per_s", "baseline", "baseline_gb_per_s", "ratio", "verified"),
 }
-MARK = "WEIGHTSYNC_TEST_BENCH"
 
 
 # ---- the command ----
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """An environment that all processes of a run inherit; nothing may be left of them."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    environ = {**os.environ, MARK: str(tmp_path), "TMPDIR": str(temporary)}
-    yield environ
-    left = marked(str(tmp_path))
-    for process in left:
-        process.kill()
-    assert left == []
-    assert list(temporary.iterdir()) == []
-
-
-def marked(value: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == value:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 def start(environ: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
@@ -89,6 +62,14 @@ def start(environ: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
             "sockets, 2 streams",
             "staged",
             ("--bytes", "24MiB", "--tensors", "12", "--fabric", "tcp"),
+        ),
+        pytest.param(
+            "ofi:shm",
+            "shared",
+            "memcpy, 1 thread",
+            "staged",
+            ("--bytes", "24MiB", "--tensors", "12", "--fabric", "ofi:shm"),
+            marks=pytest.mark.skipif(ofi_problem() is not None, reason=str(ofi_problem())),
         ),
     ],
 )
@@ -147,7 +128,7 @@ def test_interrupt_leaves_nothing(mark: dict[str, str]) -> None:
         (("--threads", "0"), "threads=0"),
         (("--memory", "sacred"), "sacred"),
         (("--fabric", "sim"), "lives in one process"),
-        (("--fabric", "verbs"), "not built yet"),
+        (("--fabric", "cuda_ipc"), "not built yet"),
         (("--fabric", "pigeon"), "unknown fabric"),
         (("--bytes", "1000TiB"), "fewer --bytes"),
     ],

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from support.marked import MARK, marked
 from weightsync.demo.run import DemoOptions
 from weightsync.errors import ConfigError
 
@@ -22,33 +20,6 @@ pytestmark = pytest.mark.timeout(300)
 
 KEYS = {"ok", "verified", "sources", "sinks", "steps", "bytes", "publish_s", "gb_per_s", "stages"}
 STAGES = {"wait_open", "transfer", "read", "cast", "write", "complete", "decide", "fill", "pause"}
-MARK = "WEIGHTSYNC_TEST_DEMO"
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """An environment that all processes of a demo inherit, and that finds those left over."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    environ = {**os.environ, MARK: str(tmp_path), "TMPDIR": str(temporary)}
-    yield environ
-    left = marked(environ[MARK])
-    for process in left:
-        process.kill()
-    assert left == []
-    assert list(temporary.iterdir()) == []
-
-
-def marked(value: str) -> list[psutil.Process]:
-    """Processes, zombies too, whose environment holds our mark."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == value:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 def start(environ: dict[str, str], cwd: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -71,7 +42,7 @@ def demo(environ: dict[str, str], cwd: Path, *arguments: str, status: int) -> di
     "arguments",
     [
         ("--steps", "3"),
-        ("--sources", "3", "--sinks", "2", "--steps", "2"),
+        ("--tls", "--sources", "3", "--sinks", "2", "--steps", "2"),
         ("--model", "qwen3_moe", "--sources", "3", "--mode", "in_place", "--steps", "2"),
     ],
     ids=" ".join,

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -59,9 +59,14 @@ class Peer:
         self._process.stdin.write(json.dumps([name, arguments]) + "\n")
         self._process.stdin.flush()
 
-    def result(self) -> Any:
+    @property
+    def output(self) -> IO[str]:
+        """Where answers come: a line for each call."""
         assert self._process.stdout is not None
-        kind, value = json.loads(self._process.stdout.readline())
+        return self._process.stdout
+
+    def result(self) -> Any:
+        kind, value = json.loads(self.output.readline())
         if kind == "error":
             raise PeerError(value)
         return value
@@ -138,6 +143,11 @@ class _Server:
         writes = rows(*table)
         writes[:, 0] += address_of(self.payload)
         self.operation = self.remote.post(writes)
+
+    def transfer(self, table: list[list[int]], timeout_s: float) -> None:
+        """Both in one call, so that the test can go on meanwhile."""
+        self.post(table)
+        self.finish(timeout_s)
 
     def finish(self, timeout_s: float) -> None:
         self.operation.wait(timeout_s)

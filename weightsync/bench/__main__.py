@@ -7,7 +7,7 @@ import sys
 
 from weightsync.demo.worker import die_with, serve
 
-_ROLES = ("source", "sink")
+_ROLES = ("source", "sink", "reader", "writer")
 
 
 def main() -> None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any, Final, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from weightsync.bench.content import tensor_sizes
+from weightsync.bench.host import Bar, CpuTimes, available_bytes, host_facts, load
 from weightsync.client import Job
 from weightsync.demo.worker import Message, Team, Worker
 from weightsync.demo.workspace import Interrupts, workspace
 from weightsync.errors import ConfigError
-from weightsync.transport.fabrics import FABRICS, open_fabric
+from weightsync.transport.fabrics import check_fabric
 from weightsync.units import GIB, MIB, format_bytes, format_seconds, gb_per_s
 
 __all__ = ["TransferOptions", "run_transfer"]
@@ -42,7 +38,8 @@ class TransferOptions:
     Args:
         nbytes: Payload.
         tensors: Over how many tensors; see `content.tensor_sizes` for their sizes.
-        fabric: `local` or `tcp`; the latter is compared with raw sockets.
+        fabric: Any but `sim`. `local` and `ofi:shm` are compared with plain
+            copies, the others with raw sockets.
         memory: Of the sink: `shared` is the fabric's own (the source writes), `private` are
             ordinary tensors (the sink reads).
         repeats: Timed pairs of each kind.
@@ -60,10 +57,9 @@ class TransferOptions:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.fabric not in FABRICS:
-            open_fabric(self.fabric)  # says what is wrong with it
+        check_fabric(self.fabric)
         if self.fabric == "sim":
-            raise ConfigError("fabric 'sim' lives in one process; measure 'local' or 'tcp'")
+            raise ConfigError("fabric 'sim' lives in one process; measure another one")
         if self.memory not in ("shared", "private"):
             raise ConfigError(f"memory={self.memory!r}: 'shared' or 'private'")
         if self.repeats < _MIN_REPEATS:
@@ -73,7 +69,7 @@ class TransferOptions:
         tensor_sizes(self.nbytes, self.tensors)
         # Weights, copies for comparison, staged and live weights; or weights on both sides.
         needed = self.nbytes * (4 if self.memory == "shared" else 2) + _PROCESS_BYTES * 3
-        if (free := _available_bytes()) < needed:
+        if (free := available_bytes()) < needed:
             raise ConfigError(
                 f"measuring {format_bytes(self.nbytes)} takes {format_bytes(needed)} of memory, "
                 f"{format_bytes(free)} are available; choose fewer --bytes"
@@ -97,7 +93,7 @@ class _Series:
 class _Bench:
     """One run, from started workers to the last comparison."""
 
-    def __init__(self, options: TransferOptions, team: Team, job: Job, bar: _Bar) -> None:
+    def __init__(self, options: TransferOptions, team: Team, job: Job, bar: Bar) -> None:
         self.options, self.team, self.job, self.bar = options, team, job, bar
         self.transfers, self.publishes = _Series(), _Series()
         self.problems: list[str] = []
@@ -142,7 +138,7 @@ class _Bench:
             self.bar.now(f"{what}: {'warming up' if number == 0 else number}")
             self._key += 1
             self._do(self.source, "change", key=self._key)
-            before = _CpuTimes.now(self.team.workers)
+            before = CpuTimes.now(self.team.workers)
             ours_s = once()
             if number == self.options.repeats:
                 self.bar.now(f"{what}: comparing whole tensors")
@@ -181,7 +177,7 @@ class _Bench:
 
     def _plain(self) -> Message:
         """Move the same bytes as plainly as this machine allows."""
-        if self.options.fabric == "local":
+        if self.options.fabric in ("local", "ofi:shm"):
             worker = self.source if self.options.memory == "shared" else self.sink
             return self._do(worker, "baseline", **self._readable)
         self.sink.send("sockets")
@@ -202,66 +198,6 @@ class _Bench:
             self.problems.append(str(event["problem"]))
 
 
-class _Bar:
-    """A progress bar that is drawn between measurements only, never during one."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            transient=True,
-            auto_refresh=False,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=total)
-
-    def now(self, text: str) -> None:
-        self._bar.update(self._task, description=text, refresh=True)
-
-    def advance(self) -> None:
-        self._bar.advance(self._task)
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-
-@dataclass(frozen=True)
-class _CpuTimes:
-    """Processor seconds since boot, of everybody and of this benchmark."""
-
-    at: float
-    busy_s: float
-    own_s: float
-
-    @classmethod
-    def now(cls, workers: list[Worker]) -> _CpuTimes:
-        """Read /proc."""
-        tick = os.sysconf("SC_CLK_TCK")
-        fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
-        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields[:8])
-        busy = user + nice + system + irq + softirq + steal
-        own = 0
-        for pid in [os.getpid(), *(worker.process.pid for worker in workers)]:
-            # The name, in parentheses, may hold anything; utime and stime are fields 14 and 15.
-            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-            numbers = text.rpartition(")")[2].split()
-            own += int(numbers[11]) + int(numbers[12])
-        return cls(time.monotonic(), busy / tick, own / tick)
-
-    def foreign_cores(self, workers: list[Worker]) -> float:
-        """Cores that others kept busy since then."""
-        now = self.now(workers)
-        others = (now.busy_s - self.busy_s) - (now.own_s - self.own_s)
-        return max(0.0, others / (now.at - self.at))
-
-
 def run_transfer(options: TransferOptions, console: Console) -> dict[str, Any]:
     """Measure and print a table. Blocks for the whole run, some seconds per GiB and repeat.
 
@@ -276,13 +212,13 @@ def run_transfer(options: TransferOptions, console: Console) -> dict[str, Any]:
         WeightSyncError: A worker failed; nothing is left behind.
         KeyboardInterrupt: SIGINT or SIGTERM; every process and file is gone.
     """
-    began = _load()
+    began = load()
     with (
         Interrupts() as interrupts,
         workspace() as folder,
         Job.start(f"unix:{folder}/job") as job,
         Team(folder, package="weightsync.bench") as team,
-        _Bar(console, 2 * (options.repeats + 1)) as bar,
+        Bar(console, 2 * (options.repeats + 1)) as bar,
         interrupts.allowed(),
     ):
         bench = _Bench(options, team, job, bar)
@@ -317,13 +253,7 @@ def _result(options: TransferOptions, bench: _Bench, began: list[float]) -> dict
         "foreign_cores": [transfers.foreign_cores, publishes.foreign_cores],
         "threads": options.threads,
         "problems": bench.problems,
-        "host": {
-            "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)),
-            "kernel": platform.release(),
-            "load_before": began,
-            "load_after": _load(),
-        },
+        "host": host_facts(began),
     }
 
 
@@ -360,21 +290,3 @@ def _print(
     )
     for problem in bench.problems:
         console.print(Text(problem, "bold red"))
-
-
-def _available_bytes() -> int:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()
-
-
-def _load() -> list[float]:
-    return [round(load, 2) for load in os.getloadavg()]

@@ -13,12 +13,14 @@ from typing import Any, Final, Literal
 from rich.console import Console
 from rich.text import Text
 
+from weightsync.certs import make_certs
 from weightsync.client import Job
 from weightsync.demo.model import PROMPT, model_config, readable
 from weightsync.demo.worker import Message, Team, Worker
 from weightsync.demo.workspace import Interrupts, workspace
 from weightsync.errors import ConfigError
 from weightsync.planners import rules
+from weightsync.settings import TOKEN_NAME
 from weightsync.telemetry.progress import LiveProgress, VersionRow, stage_table
 from weightsync.telemetry.trace import Trace
 from weightsync.units import format_bytes, format_seconds, gb_per_s
@@ -43,6 +45,7 @@ class DemoOptions:
         model: `qwen3` or `qwen3_moe`.
         mode: `staged` or `in_place`.
         kill_step: Step at which the last trainer is killed in the middle of writing, or None.
+        tls: Whether processes talk over grpcs:// on loopback instead of a Unix socket.
         trace: Where to write the trace; None: traces/demo-<time>.json.
         timeout_s: Deadline of every version.
 
@@ -56,6 +59,7 @@ class DemoOptions:
     model: str = "qwen3"
     mode: Mode = "staged"
     kill_step: int | None = None
+    tls: bool = False
     trace: Path | None = None
     timeout_s: float = 60.0
 
@@ -134,6 +138,7 @@ class _Demo:
             "model": options.model,
             "folder": folder,
             "job": self.job.url,
+            "token_file": str(_token_file(self.team.folder)) if options.tls else None,
             "timeout_s": options.timeout_s,
         }
         self.progress.now("starting processes")
@@ -369,11 +374,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """
     trace = Trace()
     with Interrupts() as interrupts, workspace() as folder:
-        job = Job.start(
-            f"unix:{folder}/job",
-            min_replicas=len(options.replicas),
-            journal=folder / "journal",
-        )
+        job = _start_job(options, folder)
         with (
             job,
             Team(folder) as team,
@@ -394,6 +395,24 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         console.print(Text(problem, "bold red"), soft_wrap=True)
     console.print(f"trace: {path}  (open in ui.perfetto.dev)", markup=False, soft_wrap=True)
     return {**result, "trace": str(path)}
+
+
+def _start_job(options: DemoOptions, folder: Path) -> Job:
+    url, token_file = f"unix:{folder}/job", None
+    if options.tls:
+        token_file = _token_file(folder)
+        make_certs(token_file.parent, ["localhost"])
+        url = "grpcs://127.0.0.1:0"
+    return Job.start(
+        url,
+        min_replicas=len(options.replicas),
+        journal=folder / "journal",
+        token_file=token_file,
+    )
+
+
+def _token_file(folder: Path) -> Path:
+    return folder / "certs" / TOKEN_NAME
 
 
 def _result(options: DemoOptions, outcome: _Outcome) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from weightsync import Sink
+from weightsync import Job, Sink
 from weightsync.demo.model import model_config
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import TornError, WeightSyncError
@@ -39,7 +39,7 @@ def run(channel: Channel, options: Message, commands: Iterator[Message]) -> None
         replica=replica,
         rank=rank,
         world_size=tp,
-        job=options["job"],
+        job=Job.connect(options["job"], token_file=options["token_file"]),
         mode=options["mode"],
         timeout_s=float(options["timeout_s"]),
     )

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from weightsync import Source, failpoints
+from weightsync import Job, Source, failpoints
 from weightsync.demo.model import build_model, greedy, model_config, text
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import ConfigError, LayoutError, PlanError, VersionError
@@ -91,7 +91,11 @@ def run(channel: Channel, options: Message, commands: Iterator[Message]) -> None
     torch.set_num_threads(1)
     trainer = _Trainer(options)
     channel.send(event="progress", parameters=sum(p.numel() for p in trainer.model.parameters()))
-    source = Source(trainer.model, job=options["job"], timeout_s=float(options["timeout_s"]))
+    source = Source(
+        trainer.model,
+        job=Job.connect(options["job"], token_file=options["token_file"]),
+        timeout_s=float(options["timeout_s"]),
+    )
     with source:
         channel.send(event="ready")
         for command in commands:

@@ -1,8 +1,8 @@
 """The coordinator: a gRPC server around the pure `CoordinatorCore`.
 
 One thread runs one asyncio loop that owns the core, the journal and all streams, so there are
-no locks. Planning runs on a worker thread. The service listens on a Unix socket, whose
-directory only its owner may enter.
+no locks. Planning runs on a worker thread. Where the service listens, and who may call it, is
+the listener's matter.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -21,7 +19,7 @@ from pathlib import Path
 import grpc
 
 from weightsync import failpoints
-from weightsync.errors import ConfigError, FencedError, InternalError, WeightSyncError
+from weightsync.errors import FencedError, InternalError, WeightSyncError
 from weightsync.ir.plan import PlanOptions
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service import weightsync_pb2_grpc as rpc
@@ -34,61 +32,44 @@ from weightsync.service.core_types import (
     Persist,
     Send,
 )
+from weightsync.service.credentials import ServerCredentials
 from weightsync.service.journal import Journal
+from weightsync.service.listen import open_listener
 from weightsync.service.planning import make_plan
 
-__all__ = ["CHANNEL_OPTIONS", "Coordinator", "socket_path"]
+__all__ = ["Coordinator"]
 
 _log = logging.getLogger(__name__)
 
-# Manifests of a trillion parameters are tens of megabytes; the default limit is 4 MiB.
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", 1 << 30),
-    ("grpc.max_send_message_length", 1 << 30),
-]
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
-
-
-def socket_path(url: str) -> Path:
-    """The path of a `unix:PATH` job URL.
-
-    Raises:
-        ConfigError: Another kind of URL.
-    """
-    scheme, _, rest = url.partition(":")
-    if scheme != "unix" or not rest:
-        raise ConfigError(f"job url {url!r}: this version serves unix:PATH only")
-    return Path(rest)
 
 
 class Coordinator:
     """Hosts one job in this process until `close`.
 
     Args:
-        url: `unix:PATH`, or None for a socket in a fresh private directory.
+        url: `unix:PATH`, `grpcs://HOST:PORT` (port 0: a free one), or None for a socket in a fresh
+            private directory.
+        credentials: Certificate, key and token; grpcs:// is not served without.
         journal: SQLite file with the decisions; None keeps them in memory only.
         options: Rules of the job.
         plan_options: Budgets of its plans; staging is bounded by the sources besides.
 
     Raises:
-        ConfigError: The URL is taken, or of an unknown kind.
+        ConfigError: The URL is taken, of a kind that is not served, or lacks credentials.
     """
 
     def __init__(
         self,
         url: str | None = None,
         *,
+        credentials: ServerCredentials | None = None,
         journal: Path | None = None,
         options: CoreOptions | None = None,
         plan_options: PlanOptions | None = None,
     ) -> None:
-        self._own_dir: Path | None = None
-        if url is None:
-            self._own_dir = Path(tempfile.mkdtemp(prefix="weightsync-"))
-            url = f"unix:{self._own_dir}/job.sock"
-        self.url = url
-        self._path = socket_path(url)
+        self._listener = open_listener(url, credentials)
         self._options = options if options is not None else CoreOptions()
         self._plan_options = plan_options if plan_options is not None else PlanOptions()
         self._journal_path = journal
@@ -103,8 +84,15 @@ class Coordinator:
         self._thread = threading.Thread(target=self._run, name="weightsync-job", daemon=True)
         self._thread.start()
         if not self._started.wait(_START_TIMEOUT_S):
-            raise InternalError(f"the coordinator at {url} did not start in {_START_TIMEOUT_S} s")
+            raise InternalError(
+                f"the coordinator at {self.url} did not start in {_START_TIMEOUT_S} s"
+            )
         self._raise_failure()
+
+    @property
+    def url(self) -> str:
+        """What members connect to."""
+        return self._listener.url
 
     def close(self) -> None:
         """Tell every member that the job ends, stop serving, remove the socket. Idempotent."""
@@ -113,13 +101,12 @@ class Coordinator:
         self._is_closed = True
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(_STOP_TIMEOUT_S)
-        self._remove_files()
+        self._listener.close()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             self._thread.join(_STOP_TIMEOUT_S)
-            if self._own_dir is not None:
-                self._remove_files()
+            self._listener.close()
             raise self._failure
 
     def __enter__(self) -> Coordinator:
@@ -146,16 +133,13 @@ class Coordinator:
     async def _serve(self) -> None:
         self._journal = Journal(self._journal_path)
         self._core = CoordinatorCore(self._options, self._journal.load())
-        self._take_path()
-        server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        server = self._listener.make_server()
         rpc.add_CoordinatorServicer_to_server(_Service(self), server)
-        # The path is removed by us, after the server stopped; umask: only the owner connects.
-        mask = os.umask(0o177)
         try:
-            server.add_insecure_port(f"unix:{self._path}")
-            await server.start()
-        finally:
-            os.umask(mask)
+            await self._listener.start(server)
+        except BaseException:
+            self._journal.close()
+            raise
         self._started.set()
         ticker = asyncio.create_task(self._tick())
         await self._stopping.wait()
@@ -168,22 +152,6 @@ class Coordinator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._journal.close()
-
-    def _take_path(self) -> None:
-        if not self._path.parent.is_dir():
-            raise ConfigError(f"job url {self.url}: no directory {self._path.parent}")
-        if self._path.exists():
-            # A socket left by a killed coordinator answers nobody; a living one does.
-            import socket
-
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.settimeout(1.0)
-                try:
-                    probe.connect(str(self._path))
-                except OSError:
-                    self._path.unlink(missing_ok=True)
-                else:
-                    raise ConfigError(f"a job is served at {self.url} already; choose another")
 
     async def _tick(self) -> None:
         while True:
@@ -265,12 +233,6 @@ class Coordinator:
                 options_json=planned.options_json,
             )
         self._perform(actions)
-
-    def _remove_files(self) -> None:
-        self._path.unlink(missing_ok=True)
-        if self._own_dir is not None:
-            with contextlib.suppress(OSError):
-                self._own_dir.rmdir()
 
 
 class _Service(rpc.CoordinatorServicer):

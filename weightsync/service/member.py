@@ -22,6 +22,7 @@ from weightsync.errors import (
     WeightSyncError,
 )
 from weightsync.service import weightsync_pb2 as pb
+from weightsync.service.credentials import MemberCredentials
 from weightsync.service.session import Session, to_error
 
 __all__ = ["Member", "abort_error"]
@@ -68,10 +69,18 @@ class Member:
     Args:
         url: Job URL.
         connect_timeout_s: How long the first join may take.
+        credentials: Token and CA, for grpcs://.
     """
 
-    def __init__(self, url: str, *, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_timeout_s: float,
+        credentials: MemberCredentials | None = None,
+    ) -> None:
         self.url = url
+        self._credentials = credentials
         self.connect_timeout_s = connect_timeout_s
         self.generation = secrets.randbits(63)
         self.changed = threading.Condition()
@@ -162,6 +171,7 @@ class Member:
             on_lost=self._on_lost,
             heartbeat=self.heartbeat,
             timeout_s=timeout_s,
+            credentials=self._credentials,
         )
 
     def _work(self) -> None:

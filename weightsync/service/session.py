@@ -18,7 +18,9 @@ import weightsync.errors as errors
 from weightsync.errors import InternalError, PeerLostError, WeightSyncError
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service import weightsync_pb2_grpc as rpc
-from weightsync.service.coordinator import CHANNEL_OPTIONS, socket_path
+from weightsync.service.address import open_channel
+from weightsync.service.credentials import MemberCredentials
+from weightsync.service.reach import explain, no_answer
 
 __all__ = ["Session", "fetch_status", "problem_of", "to_error"]
 
@@ -40,19 +42,22 @@ def problem_of(error: BaseException) -> pb.Problem:
     return pb.Problem(error="InternalError", message=f"{type(error).__name__}: {error}")
 
 
-def fetch_status(url: str, *, timeout_s: float = 5.0) -> pb.StatusReply:
-    """Ask a coordinator how its job stands. Blocks up to `timeout_s`.
+def fetch_status(
+    url: str, credentials: MemberCredentials | None = None, *, timeout_s: float = 5.0
+) -> pb.StatusReply:
+    """Ask a coordinator how its job stands. Blocks up to `timeout_s`, then to find out why not.
 
     Raises:
         PeerLostError: Nobody answers at `url`.
+        AuthError: The token or a certificate is not accepted.
     """
-    with grpc.insecure_channel(f"unix:{socket_path(url)}", options=CHANNEL_OPTIONS) as channel:
+    with open_channel(url, credentials) as channel:
         try:
             return rpc.CoordinatorStub(channel).Status(pb.StatusRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            raise PeerLostError(
-                f"no coordinator answers at {url}: {_details(error)}", peer=url
-            ) from error
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise no_answer(url, timeout_s) from error
+            raise explain(error, url, credentials, was_joined=False) from error
 
 
 class Session:
@@ -66,9 +71,11 @@ class Session:
             `close`; the argument says why.
         heartbeat: Makes the heartbeat message; called on the heartbeat thread.
         timeout_s: How long to wait for the coordinator's Welcome.
+        credentials: Token and CA, for grpcs://.
 
     Raises:
         PeerLostError: No coordinator answers.
+        AuthError: The token or a certificate is not accepted.
         ConfigError, FencedError: The coordinator refuses this member.
     """
 
@@ -81,8 +88,10 @@ class Session:
         on_lost: Callable[[WeightSyncError], None],
         heartbeat: Callable[[], pb.Heartbeat],
         timeout_s: float,
+        credentials: MemberCredentials | None = None,
     ) -> None:
         self.url = url
+        self._credentials = credentials
         self._handler = handler
         self._on_lost = on_lost
         self._heartbeat = heartbeat
@@ -91,17 +100,14 @@ class Session:
         self._closing = threading.Event()
         self._refusal: WeightSyncError | None = None
         self.welcome = pb.Welcome()
-        self._channel = grpc.insecure_channel(f"unix:{socket_path(url)}", options=CHANNEL_OPTIONS)
+        self._channel = open_channel(url, credentials)
         self.send(hello=hello)
         self._call = rpc.CoordinatorStub(self._channel).Join(self._outgoing())
         self._reader = threading.Thread(target=self._read, name="weightsync-control", daemon=True)
         self._reader.start()
         if not self._welcomed.wait(timeout_s):
             self.close()
-            raise PeerLostError(
-                f"no coordinator answered at {url} in {timeout_s:g} s; is the job running?",
-                peer=url,
-            )
+            raise no_answer(url, timeout_s)
         self._raise_refusal()
         self._beater = threading.Thread(target=self._beat, name="weightsync-lease", daemon=True)
         self._beater.start()
@@ -152,10 +158,8 @@ class Session:
                 else:
                     self._handler(message)
         except grpc.RpcError as error:
-            what = "lost the" if self._welcomed.is_set() else "no"
-            why = PeerLostError(
-                f"{what} coordinator at {self.url}: {_details(error)}", peer=self.url
-            )
+            was_joined = self._welcomed.is_set()
+            why = explain(error, self.url, self._credentials, was_joined=was_joined)
         if not self._welcomed.is_set():
             self._refusal = why
             self._welcomed.set()
@@ -168,8 +172,3 @@ class Session:
     def _beat(self) -> None:
         while not self._closing.wait(self.welcome.lease_s / 5):
             self.send(heartbeat=self._heartbeat())
-
-
-def _details(error: grpc.RpcError) -> str:
-    details = getattr(error, "details", None)
-    return str(details()) if callable(details) else str(error)

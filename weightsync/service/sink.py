@@ -22,6 +22,7 @@ from weightsync.errors import (
 from weightsync.runtime.receiver import Receiver
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.core_types import WIRE_VERSION
+from weightsync.service.credentials import MemberCredentials
 from weightsync.service.member import Member
 from weightsync.service.planning import PlanCache
 from weightsync.service.session import problem_of, to_error
@@ -57,6 +58,7 @@ class SinkMember(Member):
         fabric_name: For messages.
         hooks: Pause and resume for in-place updates without a waiting `refit`.
         connect_timeout_s: For joining.
+        credentials: Token and CA, for grpcs://.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class SinkMember(Member):
         fabric_name: str,
         hooks: SinkHooks | None,
         connect_timeout_s: float,
+        credentials: MemberCredentials | None = None,
     ) -> None:
-        super().__init__(url, connect_timeout_s=connect_timeout_s)
+        super().__init__(url, connect_timeout_s=connect_timeout_s, credentials=credentials)
         self.label = f"sink {replica}/{rank}"
         self._manifest = manifest
         self._replica, self._rank, self._world_size = replica, rank, world_size

@@ -28,6 +28,7 @@ from weightsync.runtime.program import chunk_bits, source_program
 from weightsync.runtime.staging import StagingPool
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.core_types import WIRE_VERSION
+from weightsync.service.credentials import MemberCredentials
 from weightsync.service.member import Member, abort_error
 from weightsync.service.planning import PlanCache
 from weightsync.service.session import problem_of
@@ -85,6 +86,7 @@ class SourceMember(Member):
         staging_bytes: Budget; 0 takes one default bucket.
         threads: Kernel threads.
         connect_timeout_s: For joining.
+        credentials: Token and CA, for grpcs://.
     """
 
     def __init__(
@@ -104,8 +106,9 @@ class SourceMember(Member):
         staging_bytes: int,
         threads: int,
         connect_timeout_s: float,
+        credentials: MemberCredentials | None = None,
     ) -> None:
-        super().__init__(url, connect_timeout_s=connect_timeout_s)
+        super().__init__(url, connect_timeout_s=connect_timeout_s, credentials=credentials)
         self.rank, self.world_size = rank, world_size
         self._manifest = manifest
         self._fabric, self._fabric_name = fabric, fabric_name

@@ -10,11 +10,21 @@ from typing import Any
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine
 
-__all__ = ["FABRICS", "open_fabric", "open_for_job"]
+__all__ = ["FABRICS", "check_fabric", "open_fabric", "open_for_job"]
 
 # Names of docs/interfaces.md; those that are not built yet are refused by name.
 FABRICS = ("local", "sim", "tcp", "verbs", "ofi:PROVIDER")
 _PLANNED = ("cuda_ipc",)
+
+
+def check_fabric(fabric: str) -> None:
+    """Raise a `ConfigError` if there is no such fabric."""
+    kind, _, provider = fabric.partition(":")
+    if fabric in FABRICS[:-1] or (kind == "ofi" and provider):
+        return
+    if kind in _PLANNED:
+        raise ConfigError(f"fabric {fabric!r} is not built yet; there are {FABRICS}")
+    raise ConfigError(f"unknown fabric {fabric!r}; there are {FABRICS}")
 
 
 def open_fabric(fabric: str, **options: Any) -> Engine:
@@ -32,11 +42,8 @@ def open_fabric(fabric: str, **options: Any) -> Engine:
         ConfigError: Unknown fabric or option.
         NativeUnavailableError: The extension is not built.
     """
+    check_fabric(fabric)
     kind, _, provider = fabric.partition(":")
-    if fabric not in ("local", "sim", "tcp", "verbs") and not (kind == "ofi" and provider):
-        if kind in _PLANNED:
-            raise ConfigError(f"fabric {fabric!r} is not built yet; there are {FABRICS}")
-        raise ConfigError(f"unknown fabric {fabric!r}; there are {FABRICS}")
     # Imported here: naming fabrics and their errors needs no extension.
     from weightsync.transport.local import open_local
     from weightsync.transport.ofi import open_ofi

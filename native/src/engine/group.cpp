@@ -89,12 +89,14 @@ PeerGroup::~PeerGroup() {
 }
 
 void PeerGroup::close() noexcept {
+    // First, so that who waits here learns that the group was closed, not what becomes of a message
+    // for that reason.
+    target_->close();
     for (const auto& lane : lanes_) {
         if (lane->is_connected.load()) {
             lane->remote->close();
         }
     }
-    target_->close();
 }
 
 std::vector<std::byte> PeerGroup::descriptor() const {
