@@ -125,7 +125,8 @@ class Run:
             self._strike(fault, writer, target, proxies)
             is_lost = fault in ("writer_kill", "writer_freeze")
             is_over = fault in ("sink_fence", "sink_close")
-            commit = not is_over and self._wait(target, GIVE_UP_S if is_lost else PATIENCE_S)
+            patience_s = GIVE_UP_S if is_lost or fault == "all_rails_cut" else PATIENCE_S
+            commit = not is_over and self._wait(target, patience_s)
             expected = random_bytes(NBYTES, seed)
             if commit:
                 target.flush()

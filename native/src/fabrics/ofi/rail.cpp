@@ -23,6 +23,9 @@ constexpr std::chrono::nanoseconds kFirstNap = 20us;
 constexpr std::chrono::nanoseconds kLongestNap = 4ms;
 // With descriptors: providers have timers of their own that only polling moves.
 constexpr std::chrono::nanoseconds kLongestWait = 100ms;
+// A provider returns from a poll in no time, unless a peer was killed while it held a lock in
+// memory that both share (`shm`): then never.
+constexpr double kStop_s = 5;
 
 }  // namespace
 
@@ -38,8 +41,18 @@ void Rail::add(std::shared_ptr<Pollable> pollable) {
         pollables_.push_back(std::move(pollable));
         list_version_.fetch_add(1);
         if (!thread_.joinable()) {
+            // The thread keeps the rail alive: it may have to be left behind.
+            auto self = std::make_unique<std::shared_ptr<Rail>>(shared_from_this());
             thread_ = start_thread(
-                name_.c_str(), [](void* self) { static_cast<Rail*>(self)->loop(); }, this);
+                name_.c_str(),
+                [](void* argument) {
+                    const std::unique_ptr<std::shared_ptr<Rail>> rail(
+                        static_cast<std::shared_ptr<Rail>*>(argument));
+                    (*rail)->loop();
+                    (*rail)->is_over_.store(true);
+                },
+                self.get());
+            self.release();
         }
     }
     wake();
@@ -74,7 +87,18 @@ void Rail::stop() noexcept {
         return;
     }
     wake_event_.signal();
-    thread.join();
+    const Deadline deadline = Deadline::after(kStop_s);
+    while (!is_over_.load() && !deadline.passed()) {
+        std::this_thread::sleep_for(100us);
+    }
+    if (is_over_.load()) {
+        thread.join();
+        return;
+    }
+    report("the provider of " + domain_->label() +
+           " does not return from a poll: a peer was killed while it held a lock of theirs. One "
+           "thread and what it uses are left behind until this process ends");
+    thread.detach();
 }
 
 void Rail::loop() {

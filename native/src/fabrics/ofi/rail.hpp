@@ -30,11 +30,11 @@ class Pollable {
     [[nodiscard]] virtual Rest rest() noexcept = 0;
 };
 
-class Rail {
+class Rail : public std::enable_shared_from_this<Rail> {
   public:
-    // `name`: of the thread, at most 15 characters.
+    // `name`: of the thread, at most 15 characters. Someone calls stop() in the end.
     Rail(std::shared_ptr<Domain> domain, std::string name);
-    ~Rail() { stop(); }
+    ~Rail() = default;
     Rail(const Rail&) = delete;
     Rail& operator=(const Rail&) = delete;
 
@@ -50,7 +50,7 @@ class Rail {
         const std::lock_guard lock(mutex_);
         return pollables_.empty();
     }
-    // Joins the thread.
+    // Ends the thread; within seconds, even if the provider does not let go of it.
     void stop() noexcept;
 
     // Of all paths, for Engine::rails().
@@ -73,6 +73,7 @@ class Rail {
     List pollables_;
     std::atomic<std::uint64_t> list_version_{0};
     std::thread thread_;
+    std::atomic<bool> is_over_{false};
 };
 
 }  // namespace weightsync::ofi
