@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.fabrics import CASES, Link, address_of, random_bytes
+from support.fabrics import CASES, Link, address_of, random_bytes, settle
 from weightsync.transport.base import Pages
 
 WAIT_S = 10.0
@@ -35,10 +35,13 @@ class Rig:
         self.remotes = [link.source.connect(target.descriptor, WAIT_S) for target in self.targets]
         self.payload = link.source_array(random_bytes(ARENA, 9) | 1)  # never zero
 
-    def settle(self, operation: Any) -> None:
+    def settle(self, operation: Any, *arrivals: int) -> None:
+        """Wait for the operation, and until each sink has seen so many chunks arrive."""
         operation.wait(WAIT_S)
         if self.link.wire is not None:
             self.link.wire.run()  # second landings too
+        for target, count in zip(self.targets, arrivals, strict=False):
+            settle(lambda t=target, n=count: len(t.missing(0)) <= SLOT_CHUNKS - n)
         for target in self.targets:
             target.flush()
 
@@ -81,7 +84,7 @@ def test_pages_cover_exactly_what_they_name(rig: Rig, data: st.DataObject) -> No
         Pages(np.array(written, np.uint32), sink_stride, offset),
         np.arange(count),
     )
-    rig.settle(operation)
+    rig.settle(operation, count)
     assert operation.nbytes == count * page
     assert np.array_equal(rig.views[0], expected)
     assert rig.targets[0].missing(0) == list(range(count, SLOT_CHUNKS))
@@ -108,7 +111,7 @@ def test_a_scatter_covers_every_peer_exactly(rig: Rig, data: st.DataObject) -> N
     rig.clear()
     rows = np.array(table, np.int64)[order]
     operation = rig.link.source.scatter(rig.remotes, rows, np.array(to)[order])
-    rig.settle(operation)
+    rig.settle(operation, *[len(bounds) - 1] * peers)
     assert operation.nbytes == peers * length
     for peer in range(PEERS):
         assert np.array_equal(rig.views[peer], expected[peer])

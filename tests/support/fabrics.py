@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -184,21 +183,6 @@ def ofi_problem() -> str | None:
     return None
 
 
-def _rxm() -> Link:
-    """Over the NICs of scripts/soft_roce, which have these addresses."""
-    ends = [
-        open_fabric("ofi:verbs;ofi_rxm", name=name, addresses=[address], trusted_network=True)
-        for name, address in (("source", "10.77.0.1"), ("sink", "10.77.0.2"))
-    ]
-    return Link(*ends, is_private=True)
-
-
-def _rxm_problem() -> str | None:
-    if "FI_UNIVERSE_SIZE" not in os.environ:
-        return "set FI_UNIVERSE_SIZE=8 in the guest of scripts/soft_roce --nics 2"
-    return ofi_problem() or verbs_problem()
-
-
 ALL_CASES: Final = (
     Case("local-push", _local(is_private=False)),
     Case("local-pull", _local(is_private=True)),
@@ -219,7 +203,6 @@ ALL_CASES: Final = (
     ),
     Case("ofi:tcp", _ofi("tcp", is_private=True, register_sources=True), problem=ofi_problem),
     Case("ofi:shm", _ofi("shm", is_private=False), takes_leases=False, problem=ofi_problem),
-    Case("ofi:rxm", _rxm, problem=_rxm_problem),
     Case("verbs", _verbs(1, 1), problem=verbs_problem),
     Case("verbs-2-to-3", _verbs(2, 3), problem=verbs_problem),
 )

@@ -258,8 +258,9 @@ def _faults(fabric: str, seed: int) -> list[str]:
 
 
 def _result(writer: Peer, timeout_s: float) -> tuple[str, Any]:
-    output = writer.output
-    if not select.select([output], [], [], timeout_s)[0]:
+    output, poll = writer.output, select.poll()
+    poll.register(output, select.POLLIN)
+    if not poll.poll(timeout_s * 1000):
         raise TransferTimeoutError(f"no answer after {timeout_s} s")
     kind, value = json.loads(output.readline())
     return str(kind), value
