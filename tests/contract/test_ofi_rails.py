@@ -80,9 +80,14 @@ def break_connections(address: str) -> int:
     num_broken = 0
     for path in Path("/proc/self/fd").iterdir():
         try:
-            copy = socket.socket(fileno=os.dup(int(path.name)))
+            number = os.dup(int(path.name))
         except OSError:
-            continue  # closed meanwhile, or no socket
+            continue  # closed meanwhile
+        try:
+            copy = socket.socket(fileno=number)
+        except OSError:
+            os.close(number)  # no socket
+            continue
         with copy, contextlib.suppress(OSError):
             if (copy.family, copy.type) != (socket.AF_INET, socket.SOCK_STREAM):
                 continue
