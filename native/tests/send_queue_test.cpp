@@ -312,6 +312,17 @@ TEST(many_threads_share_a_queue) {
     CHECK(total == expected);
 }
 
+TEST(a_rail_is_in_the_worst_state_of_its_paths) {
+    // As Engine.rails() of the Python face lists them; all fabrics rank alike.
+    constexpr std::array<std::string_view, 5> kOrder = {"idle", "active", "probing", "quarantined",
+                                                        "fencing"};
+    for (std::size_t i = 0; i < kOrder.size(); ++i) {
+        for (std::size_t j = 0; j < kOrder.size(); ++j) {
+            CHECK(worse_state(kOrder[i], kOrder[j]) == kOrder[std::max(i, j)]);
+        }
+    }
+}
+
 TEST(paths_are_quarantined_twice_as_long_each_time) {
     using std::chrono::seconds;
     PathHealth health;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import gc
 import threading
 import time
@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine, Lease, Memory, Remote, Target
 from weightsync.transport.fabrics import open_fabric
 from weightsync.transport.native import live_object_count, live_objects
@@ -174,12 +175,14 @@ def _ofi(provider: str, is_private: bool, **options: Any) -> Callable[[], Link]:
     return make
 
 
+@functools.cache
 def ofi_problem() -> str | None:
     """Why there is no libfabric here."""
     try:
-        ctypes.CDLL("libfabric.so.1")
-    except OSError as error:
-        return f"libfabric is missing (apt-get install libfabric1): {error}"
+        # Not loaded by hand: a provider's library takes SIGINT over, the engine gives it back.
+        open_fabric("ofi:tcp").close()
+    except ConfigError as error:
+        return str(error)
     return None
 
 

@@ -24,6 +24,13 @@ enum class PathState : std::uint8_t { kActive, kFencing, kQuarantined, kProbing 
 inline constexpr std::array<std::string_view, 4> kPathStateNames = {"active", "fencing",
                                                                     "quarantined", "probing"};
 
+// The worse of two states of a rail: of paths, or "idle" without any.
+[[nodiscard]] constexpr std::string_view worse_state(std::string_view a, std::string_view b) {
+    constexpr std::array<std::string_view, 5> kFromGoodToBad = {"idle", "active", "probing",
+                                                                "quarantined", "fencing"};
+    return std::ranges::find(kFromGoodToBad, a) < std::ranges::find(kFromGoodToBad, b) ? b : a;
+}
+
 // Pure: time is an argument. Not thread-safe.
 class PathHealth {
   public:

@@ -206,14 +206,9 @@ std::string OfiFabric::state_of(std::size_t rail) {
             }
         }
     }
-    constexpr std::array<std::string_view, 5> kFromGoodToBad = {"idle", "active", "probing",
-                                                                "quarantined", "fencing"};
     std::string_view worst = rails_[rail]->is_idle() ? "idle" : "active";
     for (const auto& remote : remotes) {
-        const std::string_view state = remote->state_of(rail);
-        if (std::ranges::find(kFromGoodToBad, state) > std::ranges::find(kFromGoodToBad, worst)) {
-            worst = state;
-        }
+        worst = worse_state(worst, remote->state_of(rail));
     }
     return std::string(worst);
 }

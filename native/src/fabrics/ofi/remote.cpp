@@ -454,14 +454,10 @@ void OfiRemote::close() noexcept {
 std::string_view OfiRemote::state_of(std::size_t rail) const {
     const std::lock_guard lock(mutex_);
     std::string_view worst = "idle";
-    int rank = -1;
     for (const Path& path : paths_) {
-        // From good to bad: active, probing, quarantined, fencing.
-        constexpr std::array<int, 4> kRanks = {0, 3, 2, 1};
-        const auto state = static_cast<std::size_t>(path.health.state());
-        if (!error_ && path.rail == rail && kRanks[state] > rank) {
-            rank = kRanks[state];
-            worst = kPathStateNames[state];
+        if (!error_ && path.rail == rail) {
+            const auto state = static_cast<std::size_t>(path.health.state());
+            worst = worse_state(worst, kPathStateNames[state]);
         }
     }
     return worst;

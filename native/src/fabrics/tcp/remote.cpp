@@ -436,15 +436,8 @@ void TcpRemote::add_to(const Rail& rail, RailInfo& info) const {
             continue;
         }
         info.outstanding += queue_->outstanding_bytes(i);
-        const auto state = kPathStateNames[static_cast<std::size_t>(paths_[i]->state())];
-        const auto rank = [](std::string_view name) {
-            return name == "idle"
-                       ? -1
-                       : std::ranges::find(kPathStateNames, name) - kPathStateNames.begin();
-        };
-        if (rank(state) > rank(info.state)) {
-            info.state = state;
-        }
+        info.state =
+            worse_state(info.state, kPathStateNames[static_cast<std::size_t>(paths_[i]->state())]);
     }
 }
 

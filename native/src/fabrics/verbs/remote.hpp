@@ -34,7 +34,7 @@ class VerbsRemote final : public RemotePort, public std::enable_shared_from_this
     void close() noexcept override;
 
     // Worst state of the paths over one of our rails, or "idle".
-    [[nodiscard]] std::string state_of(std::size_t rail) const;
+    [[nodiscard]] std::string_view state_of(std::size_t rail) const;
 
   private:
     using Clock = std::chrono::steady_clock;

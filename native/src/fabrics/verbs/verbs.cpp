@@ -159,17 +159,14 @@ class VerbsFabric final : public Fabric {
         if (!rails_[rail]->is_up()) {
             return "down";
         }
-        std::string worst = "idle";
+        std::string_view worst = "idle";
         const std::lock_guard lock(mutex_);
         for (const auto& known : remotes_) {
             if (const auto remote = known.lock()) {
-                const std::string state = remote->state_of(rail);
-                if (state != "idle" && (worst == "idle" || worst == "active")) {
-                    worst = state;
-                }
+                worst = worse_state(worst, remote->state_of(rail));
             }
         }
-        return worst;
+        return std::string(worst);
     }
 
     EngineContext& context_;
