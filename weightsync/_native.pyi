@@ -282,6 +282,7 @@ class SimWire:
     def counts(self) -> dict[str, int]:
         """How often each fault really happened."""
 
+def open_cuda_ipc(name: str, num_threads: int) -> Engine: ...
 def open_local(name: str, num_threads: int) -> Engine: ...
 def open_ofi(
     name: str,

@@ -51,7 +51,7 @@ int pointer_get_attribute(void* data, int attribute, std::uint64_t pointer) {
 }
 
 int export_range(void* handle, std::uint64_t pointer, std::size_t nbytes, int type,
-                 unsigned long long /*flags*/) {
+                 std::uint64_t /*flags*/) {
     const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
     if (fake_gpu.export_error != 0) {
         return fake_gpu.export_error;
@@ -65,8 +65,8 @@ int export_range(void* handle, std::uint64_t pointer, std::size_t nbytes, int ty
     return fd < 0 ? 1 : 0;
 }
 
-GpuDriver fake_driver() {
-    GpuDriver driver;
+cuda::Driver fake_driver() {
+    cuda::Driver driver;
     driver.pointer_get_attribute = &pointer_get_attribute;
     driver.device_get_attribute = [](int* value, int attribute, int /*device*/) {
         *value = attribute == 118 ? fake_gpu.writes_ordering : 0;
@@ -154,7 +154,7 @@ TEST(verbs_relaxed_ordering_is_an_option) {
 TEST(verbs_gpu_memory_goes_by_a_dmabuf_else_by_its_module) {
     FakeVerbs fake(1);
     const GpuPages pages(kGpuBytes);
-    const GpuDriver driver = fake_driver();
+    const cuda::Driver driver = fake_driver();
     MemoryOptions options;
     options.gpu = &driver;
     options.sysfs = fake.sysfs();
@@ -181,7 +181,7 @@ TEST(verbs_gpu_memory_goes_by_a_dmabuf_else_by_its_module) {
     text = try_to_register(fake, options, pages.address());
     CHECK(has(text, "CUDA error 801") && has(text, "open kernel modules"));
 
-    GpuDriver old = driver;
+    cuda::Driver old = driver;
     old.mem_get_handle_for_address_range = nullptr;
     options.gpu = &old;
     CHECK(has(try_to_register(fake, options, pages.address()), "older than CUDA 11.7"));
@@ -195,7 +195,7 @@ TEST(verbs_writes_to_gpu_memory_are_flushed_where_that_is_needed) {
     if (!can_meet()) {
         return;
     }
-    const GpuDriver driver = fake_driver();
+    const cuda::Driver driver = fake_driver();
     MemoryOptions options;
     options.gpu = &driver;
     for (const int ordering : {0, 100, 200}) {
@@ -235,14 +235,14 @@ TEST(verbs_writes_to_gpu_memory_are_flushed_where_that_is_needed) {
 TEST(verbs_a_gpu_that_cannot_be_flushed_is_refused) {
     FakeVerbs fake(1);
     const GpuPages pages(kGpuBytes);
-    GpuDriver driver = fake_driver();
+    cuda::Driver driver = fake_driver();
     driver.flush_gpu_direct_rdma_writes = nullptr;
     GpuFlush flush;
     CHECK(scope_of([&] { flush.add(driver, pages.address()); }) == Scope::kMemory);
     fake_gpu.writes_ordering = 100;
     flush.add(driver, pages.address());
     CHECK(!flush.is_needed());
-    CHECK(loaded_gpu_driver() == nullptr);  // and it is not loaded by asking
+    CHECK(cuda::loaded_driver() == nullptr);  // and it is not loaded by asking
 }
 
 }  // namespace

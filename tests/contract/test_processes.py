@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 
 from support import scaled
-from support.fabrics import RAILS, Handle, address_of, no_leaks, random_bytes, rows
+from support.fabrics import (
+    RAILS,
+    Bytes,
+    Handle,
+    address_of,
+    fake_gpu_problem,
+    no_leaks,
+    place_of,
+    random_bytes,
+    rows,
+)
 from support.peers import Peer
 from weightsync.errors import (
     AuthError,
@@ -48,6 +58,10 @@ class Mode:
     def open(self, name: str = "test") -> Engine:
         return open_fabric(self.fabric, name=name, **self.options)
 
+    @property
+    def place(self) -> Callable[[Bytes], Bytes]:
+        return place_of(self.fabric)
+
     def peer(self) -> Peer:
         return Peer(self.fabric, **self.options)
 
@@ -60,12 +74,14 @@ def _tcp_key(descriptor: bytes) -> int:
     return 4 + 2 + 1 + len("tcp") + 4 + 8 + 8 + 32 - 1
 
 
-MODES = (
+MODES = [
     Mode("local-push", "local", False, False, _local_key),
     Mode("local-pull", "local", True, True, _local_key),
     Mode("tcp", "tcp", True, True, _tcp_key),
     Mode("tcp-3-rails", "tcp", False, True, _tcp_key, {"addresses": list(RAILS)}),
-)
+]
+if fake_gpu_problem() is None:
+    MODES.append(Mode("cuda_ipc", "cuda_ipc", True, True, _local_key))
 
 
 @pytest.fixture(params=MODES, ids=lambda mode: mode.name)
@@ -86,10 +102,12 @@ def engine(mode: Mode) -> Iterator[Engine]:
     assert len(os.listdir("/proc/self/fd")) <= fds_before  # noqa: PTH208
 
 
-def export(engine: Engine, nbytes: int, slots: list[int], *, is_private: bool) -> Target:
-    view = np.zeros(nbytes, np.uint8)
+def export(engine: Engine, mode: Mode, nbytes: int, slots: list[int]) -> Target:
+    view = mode.place(np.zeros(nbytes, np.uint8))
     memory: Lease | Memory = (
-        engine.register(address_of(view), nbytes, view) if is_private else engine.allocate(nbytes)
+        engine.register(address_of(view), nbytes, view)
+        if mode.is_private
+        else engine.allocate(nbytes)
     )
     return engine.export([(0, memory, 0, nbytes)], slots, 8, 1)
 
@@ -99,7 +117,7 @@ def test_bytes_reach_another_process(engine: Engine, mode: Mode) -> None:
         descriptor = bytes.fromhex(
             peer.call("export", nbytes=4 * MIB, slots=[4], is_private=mode.is_private)
         )
-        payload = random_bytes(4 * MIB, seed=9)
+        payload = mode.place(random_bytes(4 * MIB, seed=9))
         lease = engine.register(address_of(payload), payload.nbytes, payload)
         with engine.connect(descriptor, WAIT_S) as remote:
             assert str(peer.pid) in remote.peer
@@ -111,7 +129,7 @@ def test_bytes_reach_another_process(engine: Engine, mode: Mode) -> None:
 
 
 def test_a_killed_source_is_replaced_by_another(engine: Engine, mode: Mode) -> None:
-    target = export(engine, 4 * MIB, [4], is_private=mode.is_private)
+    target = export(engine, mode, 4 * MIB, [4])
     with mode.peer() as first, mode.peer() as second:
         for peer in (first, second):
             peer.call("connect", descriptor=target.descriptor.hex())
@@ -131,7 +149,7 @@ def test_a_killed_source_is_replaced_by_another(engine: Engine, mode: Mode) -> N
 def test_a_source_killed_while_it_writes_harms_nobody(engine: Engine, mode: Mode) -> None:
     for _ in range(scaled(3, 40)):
         nbytes = 64 * MIB
-        target = export(engine, nbytes, [64], is_private=mode.is_private)
+        target = export(engine, mode, nbytes, [64])
         with mode.peer() as peer:
             peer.call("connect", descriptor=target.descriptor.hex())
             peer.call("load", nbytes=nbytes, seed=3)
@@ -146,7 +164,7 @@ def test_a_source_killed_while_it_writes_harms_nobody(engine: Engine, mode: Mode
 
 
 def test_a_killed_sink_fails_operations_in_bounded_time(engine: Engine, mode: Mode) -> None:
-    payload = random_bytes(MIB)
+    payload = mode.place(random_bytes(MIB))
     lease = engine.register(address_of(payload), MIB, payload)
     with mode.peer() as peer:
         descriptor = bytes.fromhex(
@@ -189,7 +207,7 @@ def test_connecting_to_a_stopped_sink_times_out(engine: Engine, mode: Mode) -> N
 
 
 def test_a_forged_key_is_refused(engine: Engine, mode: Mode) -> None:
-    target = export(engine, MIB, [1], is_private=mode.is_private)
+    target = export(engine, mode, MIB, [1])
     descriptor = bytearray(target.descriptor)
     descriptor[mode.key_at(target.descriptor)] ^= 1
     with pytest.raises(AuthError, match="wrong key"):
@@ -199,7 +217,7 @@ def test_a_forged_key_is_refused(engine: Engine, mode: Mode) -> None:
 
 
 def test_connections_leave_no_descriptors_behind(engine: Engine, mode: Mode) -> None:
-    target = export(engine, MIB, [1], is_private=mode.is_private)
+    target = export(engine, mode, MIB, [1])
     source = mode.open("source")
     source.connect(target.descriptor, WAIT_S).close()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
@@ -228,7 +246,7 @@ def test_a_forked_child_leaves_its_parents_engine_alone(engine: Engine, mode: Mo
             status = 0
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    payload = random_bytes(4096)
+    payload = mode.place(random_bytes(4096))
     lease = source.register(address_of(payload), 4096, payload)
     remote.post(rows((address_of(payload), 0, 4096, 0))).wait(WAIT_S)
     assert target.missing(0) == [1]

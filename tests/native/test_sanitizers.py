@@ -49,7 +49,15 @@ def is_supported(kind: str, scratch: Path) -> bool:
 def digest_of(kind: str) -> str:
     """Names a build by all it is made of."""
     sources = [NATIVE / "CMakeLists.txt"]
-    for folder in ("include", "src/core", "src/engine", "src/fabrics", "src/net", "tests"):
+    for folder in (
+        "include",
+        "src/core",
+        "src/cuda",
+        "src/engine",
+        "src/fabrics",
+        "src/net",
+        "tests",
+    ):
         sources += sorted((NATIVE / folder).rglob("*.?pp"))
     digest = hashlib.sha256(f"{kind} {KINDS[kind]} {run('c++', '--version')}".encode())
     for path in sources:

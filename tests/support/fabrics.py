@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from support.cuda import device_address, in_gpu, is_faked
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine, Lease, Memory, Remote, Target
 from weightsync.transport.fabrics import open_fabric
@@ -32,9 +33,11 @@ __all__ = [
     "Handle",
     "Link",
     "address_of",
+    "fake_gpu_problem",
     "groups",
     "no_leaks",
     "ofi_problem",
+    "place_of",
     "random_bytes",
     "rows",
     "settle",
@@ -42,7 +45,7 @@ __all__ = [
 
 
 def address_of(array: npt.NDArray[Any]) -> int:
-    return int(array.__array_interface__["data"][0])
+    return device_address(int(array.__array_interface__["data"][0]))
 
 
 def random_bytes(nbytes: int, seed: int = 0) -> Bytes:
@@ -68,6 +71,15 @@ class Handle:
         del self._engine
 
 
+def _stay(array: Bytes) -> Bytes:
+    return array
+
+
+def place_of(fabric: str) -> Callable[[Bytes], Bytes]:
+    """How memory of that fabric's tests is made from an array."""
+    return in_gpu if fabric == "cuda_ipc" else _stay
+
+
 @dataclass
 class Link:
     """A source and a sink that can reach each other, and how the sink's memory is made."""
@@ -76,18 +88,22 @@ class Link:
     sink: Engine
     is_private: bool
     wire: Any = None
+    # Makes a copy where sources, and private sinks, have their memory.
+    place_source: Callable[[Bytes], Bytes] = _stay
+    place_sink: Callable[[Bytes], Bytes] = _stay
     _kept: list[object] = field(default_factory=list)
 
     def memory(self, nbytes: int) -> tuple[Lease | Memory, Bytes]:
         """Sink memory that reads as zero, and a view of it."""
         if self.is_private:
-            array = np.zeros(nbytes, np.uint8)
+            array = self.place_sink(np.zeros(nbytes, np.uint8))
             return self.sink.register(address_of(array), nbytes, array), array
         memory = self.sink.allocate(nbytes)
         return memory, np.frombuffer(memory, np.uint8)
 
     def source_array(self, array: Bytes) -> Bytes:
-        """Register an array with the source for as long as the link lives."""
+        """Register an array with the source for as long as the link lives: this or a copy."""
+        array = self.place_source(array)
         self._kept.append(self.source.register(address_of(array), max(array.nbytes, 1), array))
         return array
 
@@ -137,6 +153,22 @@ def _tcp(source: Sequence[str], sink: Sequence[str], *, is_private: bool) -> Cal
         open_fabric("tcp", name="sink", addresses=sink),
         is_private,
     )
+
+
+def _cuda_ipc(source: str, sink: str) -> Callable[[], Link]:
+    place = {"gpu": in_gpu, "host": _stay}
+    return lambda: Link(
+        open_fabric("cuda_ipc", name="source"),
+        open_fabric("cuda_ipc", name="sink"),
+        is_private=True,
+        place_source=place[source],
+        place_sink=place[sink],
+    )
+
+
+def fake_gpu_problem() -> str | None:
+    """Why tests cannot look into a GPU's memory."""
+    return None if is_faked() else "no fake GPU here: tests/contract/test_cuda_ipc.py starts one"
 
 
 # Every address of 127.0.0.0/8 is this host's: each is as good as a NIC of its own.
@@ -206,6 +238,9 @@ ALL_CASES: Final = (
     ),
     Case("ofi:tcp", _ofi("tcp", is_private=True, register_sources=True), problem=ofi_problem),
     Case("ofi:shm", _ofi("shm", is_private=False), takes_leases=False, problem=ofi_problem),
+    Case("cuda_ipc", _cuda_ipc("gpu", "gpu"), problem=fake_gpu_problem),
+    Case("cuda_ipc-from-host", _cuda_ipc("host", "gpu"), problem=fake_gpu_problem),
+    Case("cuda_ipc-to-host", _cuda_ipc("gpu", "host"), problem=fake_gpu_problem),
     Case("verbs", _verbs(1, 1), problem=verbs_problem),
     Case("verbs-2-to-3", _verbs(2, 3), problem=verbs_problem),
 )

@@ -19,7 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from support.fabrics import Bytes, address_of, random_bytes, rows
+from support.cuda import Gpu, the_gpu
+from support.fabrics import Bytes, address_of, place_of, random_bytes, rows
 from weightsync.errors import WeightSyncError
 from weightsync.transport.base import Operation, Remote, Target
 from weightsync.transport.fabrics import open_fabric
@@ -105,16 +106,19 @@ class _Server:
     def __init__(self) -> None:
         fabric, options = json.loads(sys.argv[1])
         self.engine = open_fabric(fabric, name="peer", **options)
+        self.place = place_of(fabric)
         self.view: Bytes
         self.target: Target
         self.remote: Remote
         self.payload: Bytes
+        self.payload_address: int
+        self.gpu: Gpu
         self.operation: Operation
         self.kept: list[object] = []
 
     def export(self, nbytes: int, slots: list[int], is_private: bool) -> str:
         if is_private:
-            self.view = np.zeros(nbytes, np.uint8)
+            self.view = self.place(np.zeros(nbytes, np.uint8))
             memory: Any = self.engine.register(address_of(self.view), nbytes, self.view)
         else:
             memory = self.engine.allocate(nbytes)
@@ -135,13 +139,33 @@ class _Server:
         self.remote = self.engine.connect(bytes.fromhex(descriptor), 10.0)
 
     def load(self, nbytes: int, seed: int) -> None:
-        self.payload = random_bytes(nbytes, seed)
-        self.kept.append(self.engine.register(address_of(self.payload), nbytes, self.payload))
+        self.payload = self.place(random_bytes(nbytes, seed))
+        self.payload_address = address_of(self.payload)
+        self.kept.append(self.engine.register(self.payload_address, nbytes, self.payload))
+
+    def load_device(self, nbytes: int, seed: int) -> None:
+        """The payload in memory of a GPU, fake or not."""
+        self.gpu = the_gpu()
+        self.payload_address = self.gpu.allocate(nbytes)
+        self.gpu.write(self.payload_address, random_bytes(nbytes, seed))
+        self.kept.append(self.engine.register(self.payload_address, nbytes, None))
+
+    def unload_device(self) -> None:
+        lease: Any = self.kept.pop()
+        lease.release()
+        self.gpu.free(self.payload_address)
+
+    def fail_gpu(self, function: str, result: int) -> None:
+        """Let the next call of that function of the fake driver fail."""
+        the_gpu().fail(function, result)
+
+    def missing(self, slot: int) -> list[int]:
+        return list(self.target.missing(slot))
 
     def post(self, table: list[list[int]]) -> None:
         """Rows with the source as an offset into the payload."""
         writes = rows(*table)
-        writes[:, 0] += address_of(self.payload)
+        writes[:, 0] += self.payload_address
         self.operation = self.remote.post(writes)
 
     def transfer(self, table: list[list[int]], timeout_s: float) -> None:

@@ -16,6 +16,11 @@ struct LocalOptions {
 [[nodiscard]] std::unique_ptr<Fabric> make_local_fabric(EngineContext& context,
                                                         const LocalOptions& options);
 
+// The same with memory of the host's GPUs on either side or both; loads the CUDA driver. Throws
+// kConfig when there is no GPU.
+[[nodiscard]] std::unique_ptr<Fabric> make_cuda_ipc_fabric(EngineContext& context,
+                                                           const LocalOptions& options);
+
 struct OfiOptions {
     std::string provider;  // of libfabric: "tcp", "shm", "verbs;ofi_rxm", "efa"
     // Of this host: where sources knock, and for providers with IP addresses one rail for each.

@@ -410,6 +410,14 @@ void bind_engine(py::module_& m) {
         },
         py::arg("name"), py::arg("num_threads"), Unlocked());
     m.def(
+        "open_cuda_ipc",
+        [](std::string name, int num_threads) {
+            return Engine::open(std::move(name), [num_threads](EngineContext& context) {
+                return make_cuda_ipc_fabric(context, {.num_threads = num_threads});
+            });
+        },
+        py::arg("name"), py::arg("num_threads"), Unlocked());
+    m.def(
         "open_ofi",
         [](std::string name, std::string provider, std::vector<std::string> addresses,
            std::vector<std::string> domains, bool trusted_network, bool register_sources) {

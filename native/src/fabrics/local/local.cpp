@@ -10,9 +10,8 @@
 #include <fstream>
 #include <thread>
 
-#include <weightsync/fabrics.hpp>
-
 #include "listener.hpp"
+#include "local.hpp"
 #include "remote.hpp"
 
 namespace weightsync::local {
@@ -97,16 +96,23 @@ std::vector<UniqueFd> await_reply(int socket, const std::string& label, const De
 
 class LocalFabric final : public Fabric {
   public:
-    LocalFabric(EngineContext& context, int num_threads) : context_(context), pool_(num_threads) {}
+    LocalFabric(EngineContext& context, std::string name, int num_threads,
+                std::unique_ptr<PullMemory> memory)
+        : context_(context),
+          name_(std::move(name)),
+          memory_(std::move(memory)),
+          pool_(num_threads) {}
     ~LocalFabric() override { stop(); }
 
-    [[nodiscard]] std::string_view name() const noexcept override { return "local"; }
+    [[nodiscard]] std::string_view name() const noexcept override { return name_; }
 
     [[nodiscard]] std::shared_ptr<TargetPort> export_target(TargetSpec spec) override {
         const std::shared_ptr<Listener> listener = open_listener();
         Descriptor descriptor;
-        const bool is_shared = std::ranges::all_of(
-            spec.exported, [](const ExportedRange& range) { return range.block != nullptr; });
+        const bool is_shared = memory_->can_push() &&
+                               std::ranges::all_of(spec.exported, [](const ExportedRange& range) {
+                                   return range.block != nullptr;
+                               });
         descriptor.mode = is_shared ? Mode::kPush : Mode::kPull;
         descriptor.pid = static_cast<std::uint32_t>(::getpid());
         descriptor.target_id = listener->next_target_id();
@@ -115,7 +121,7 @@ class LocalFabric final : public Fabric {
         descriptor.socket_name = listener->name();
         const std::shared_ptr<LocalTarget> target =
             is_shared ? make_push_target(context_, reactor_, std::move(descriptor), std::move(spec))
-                      : make_pull_target(context_, reactor_, pool_, std::move(descriptor),
+                      : make_pull_target(context_, reactor_, pool_, *memory_, std::move(descriptor),
                                          std::move(spec));
         listener->add(target);
         return target;
@@ -125,11 +131,12 @@ class LocalFabric final : public Fabric {
                                                       const Deadline& deadline) override {
         const Descriptor descriptor = Descriptor::decode(bytes);
         Peer peer;
-        peer.label = "local pid " + std::to_string(descriptor.pid);
+        peer.label = name_ + " pid " + std::to_string(descriptor.pid);
         peer.socket = connect_socket(descriptor, peer.label, deadline);
         peer.pidfd = open_peer_pidfd(peer.socket.get(), peer_of(peer.socket.get()).pid);
         if (descriptor.mode == Mode::kPull) {
             allow_attach_if_restricted();
+            memory_->follow(context_.leases);
         }
         Request request;
         request.target_id = descriptor.target_id;
@@ -145,7 +152,7 @@ class LocalFabric final : public Fabric {
         const std::shared_ptr<LocalRemote> remote =
             descriptor.mode == Mode::kPush
                 ? make_push_remote(context_, reactor_, pool_, std::move(peer), std::move(fds))
-                : make_pull_remote(context_, reactor_, pool_, std::move(peer),
+                : make_pull_remote(context_, reactor_, pool_, *memory_, std::move(peer),
                                    std::move(completion), std::move(fds));
         remote->start();
         return remote;
@@ -154,6 +161,7 @@ class LocalFabric final : public Fabric {
     void stop() noexcept override {
         pool_.stop();
         reactor_.stop();
+        memory_->unfollow(context_.leases);
     }
 
   private:
@@ -167,6 +175,8 @@ class LocalFabric final : public Fabric {
     }
 
     EngineContext& context_;
+    const std::string name_;
+    const std::unique_ptr<PullMemory> memory_;
     // Last to go: ports that queued jobs and handlers hold look at it in their destructors.
     Reactor reactor_;
     CopyPool pool_;
@@ -176,11 +186,9 @@ class LocalFabric final : public Fabric {
 
 }  // namespace
 
-}  // namespace weightsync::local
-
-namespace weightsync {
-
-std::unique_ptr<Fabric> make_local_fabric(EngineContext& context, const LocalOptions& options) {
+std::unique_ptr<Fabric> make_fabric(EngineContext& context, std::string name,
+                                    const LocalOptions& options,
+                                    std::unique_ptr<PullMemory> memory) {
     constexpr int kMaxThreads = 64;
     if (options.num_threads < 0 || options.num_threads > kMaxThreads) {
         throw Error(Scope::kConfig, std::to_string(options.num_threads) +
@@ -189,8 +197,17 @@ std::unique_ptr<Fabric> make_local_fabric(EngineContext& context, const LocalOpt
     }
     // Two threads saturate the memory of small machines and leave cores to the framework.
     const int automatic = std::thread::hardware_concurrency() >= 2 ? 2 : 1;
-    return std::make_unique<local::LocalFabric>(
-        context, options.num_threads == 0 ? automatic : options.num_threads);
+    return std::make_unique<LocalFabric>(context, std::move(name),
+                                         options.num_threads == 0 ? automatic : options.num_threads,
+                                         std::move(memory));
+}
+
+}  // namespace weightsync::local
+
+namespace weightsync {
+
+std::unique_ptr<Fabric> make_local_fabric(EngineContext& context, const LocalOptions& options) {
+    return local::make_fabric(context, "local", options, local::make_host_memory());
 }
 
 }  // namespace weightsync

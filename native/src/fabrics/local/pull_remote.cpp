@@ -13,9 +13,11 @@ namespace {
 
 class PullRemote final : public LocalRemote {
   public:
-    PullRemote(EngineContext& context, Reactor& reactor, CopyPool& pool, Peer peer,
-               EventFd completion, std::vector<UniqueFd> fds)
-        : LocalRemote(context, reactor, pool, std::move(peer)), completion_(std::move(completion)) {
+    PullRemote(EngineContext& context, Reactor& reactor, CopyPool& pool, PullMemory& memory,
+               Peer peer, EventFd completion, std::vector<UniqueFd> fds)
+        : LocalRemote(context, reactor, pool, std::move(peer)),
+          memory_(memory),
+          completion_(std::move(completion)) {
         constexpr std::size_t kControlDoorbellChannel = 3;
         if (fds.size() != kControlDoorbellChannel) {
             throw Error(Scope::kTransfer, peer_.label + " sent too few descriptors");
@@ -100,14 +102,21 @@ class PullRemote final : public LocalRemote {
         bool has_posted = false;
         while (!waiting_.empty()) {
             const std::size_t at = next_entry_ % Channel::kCapacity;
-            if (in_flight_[at]) {
+            Batch& batch = in_flight_[at];
+            if (batch.operation) {
                 break;
             }
             ChannelEntry& entry = channel().entries[at];
-            in_flight_[at] = std::move(waiting_.front());
+            batch = {std::move(waiting_.front()), memory_.notes()};
             waiting_.pop_front();
-            entry.table_address = reinterpret_cast<std::uint64_t>(in_flight_[at]->rows().data());
-            entry.num_rows = in_flight_[at]->rows().size();
+            entry.table_address = reinterpret_cast<std::uint64_t>(batch.operation->rows().data());
+            entry.num_rows = batch.operation->rows().size();
+            entry.notes_version = 0;
+            if (batch.notes) {
+                entry.notes_version = batch.notes->version;
+                entry.notes_address = reinterpret_cast<std::uint64_t>(batch.notes->bytes.data());
+                entry.notes_nbytes = batch.notes->bytes.size();
+            }
             entry.state.store(ChannelEntry::kPosted, std::memory_order_release);
             ++next_entry_;
             has_posted = true;
@@ -124,12 +133,12 @@ class PullRemote final : public LocalRemote {
             const std::lock_guard lock(mutex_);
             for (std::size_t i = 0; i < in_flight_.size(); ++i) {
                 ChannelEntry& entry = channel().entries[i];
-                if (!in_flight_[i] ||
+                if (!in_flight_[i].operation ||
                     entry.state.load(std::memory_order_acquire) != ChannelEntry::kDone) {
                     continue;
                 }
-                finished.emplace_back(std::move(in_flight_[i]), error_of(entry));
-                in_flight_[i] = nullptr;
+                finished.emplace_back(std::move(in_flight_[i].operation), error_of(entry));
+                in_flight_[i] = {};
                 entry.state.store(ChannelEntry::kFree, std::memory_order_relaxed);
             }
             feed();
@@ -157,9 +166,7 @@ class PullRemote final : public LocalRemote {
                       " leaves its exported ranges; nothing was written";
         } else {
             detail += " could not read write " + std::to_string(entry.row) +
-                      " from this process: " + errno_text(entry.error) +
-                      "; is the memory still mapped, and is ptrace allowed (seccomp, "
-                      "CAP_SYS_PTRACE, /proc/sys/kernel/yama/ptrace_scope)?";
+                      " from this process: " + memory_.error_text(entry.error);
         }
         return Error(scope, std::move(detail), std::move(facts));
     }
@@ -169,10 +176,10 @@ class PullRemote final : public LocalRemote {
         {
             const std::lock_guard lock(mutex_);
             is_closed_ = true;
-            for (auto& operation : in_flight_) {
-                if (operation) {
-                    failed.push_back(std::move(operation));
-                    operation = nullptr;
+            for (Batch& batch : in_flight_) {
+                if (batch.operation) {
+                    failed.push_back(std::move(batch.operation));
+                    batch = {};
                 }
             }
             std::ranges::move(waiting_, std::back_inserter(failed));
@@ -190,6 +197,12 @@ class PullRemote final : public LocalRemote {
         }
     }
 
+    struct Batch {
+        std::shared_ptr<Operation> operation;
+        std::shared_ptr<const Notes> notes;
+    };
+
+    PullMemory& memory_;
     EventFd completion_;
     EventFd doorbell_{UniqueFd()};
     std::unique_ptr<Mapping> mapping_;
@@ -197,16 +210,16 @@ class PullRemote final : public LocalRemote {
     std::mutex mutex_;
     bool is_closed_ = false;
     std::uint64_t next_entry_ = 0;
-    std::array<std::shared_ptr<Operation>, Channel::kCapacity> in_flight_;
+    std::array<Batch, Channel::kCapacity> in_flight_;
     std::deque<std::shared_ptr<Operation>> waiting_;
 };
 
 }  // namespace
 
 std::shared_ptr<LocalRemote> make_pull_remote(EngineContext& context, Reactor& reactor,
-                                              CopyPool& pool, Peer peer, EventFd completion,
-                                              std::vector<UniqueFd> fds) {
-    return std::make_shared<PullRemote>(context, reactor, pool, std::move(peer),
+                                              CopyPool& pool, PullMemory& memory, Peer peer,
+                                              EventFd completion, std::vector<UniqueFd> fds) {
+    return std::make_shared<PullRemote>(context, reactor, pool, memory, std::move(peer),
                                         std::move(completion), std::move(fds));
 }
 

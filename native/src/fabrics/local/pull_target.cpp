@@ -1,6 +1,5 @@
 // The sink pulls: private memory is written by its own threads only, so a fence is a closed gate.
 #include <sys/epoll.h>
-#include <sys/uio.h>
 
 #include <algorithm>
 #include <array>
@@ -13,24 +12,16 @@ namespace weightsync::local {
 
 namespace {
 
-// Large enough to hide the cost of a call, small enough that a fence waits a millisecond.
-constexpr std::uint64_t kPullUnitBytes = std::uint64_t{4} << 20;
-// Vectors of one process_vm_readv; the kernel takes at most 1024.
-constexpr std::uint32_t kMaxVectors = 512;
-
 struct Failure {
     Scope scope = Scope::kInternal;
     int error = 0;
     std::uint32_t row = 0;
 };
 
+// `error`: as Pulled's.
 Failure failure_of(int error, std::uint32_t row) noexcept {
     // EFAULT: the source unmapped what it promised to hold. EPERM: ptrace limits.
     return {error == ESRCH ? Scope::kPeer : Scope::kMemory, error, row};
-}
-
-std::byte* end_of(const iovec& part) noexcept {
-    return static_cast<std::byte*>(part.iov_base) + part.iov_len;
 }
 
 class PullTarget;
@@ -42,6 +33,7 @@ class PullJob final : public Job {
         : Job(units.units.size()),
           target_(std::move(target)),
           session_(std::move(session)),
+          imports_(session_->imports),
           entry_(entry),
           rows_(std::move(rows)),
           units_(std::move(units)) {}
@@ -55,6 +47,7 @@ class PullJob final : public Job {
 
     std::shared_ptr<PullTarget> target_;
     std::shared_ptr<Session> session_;  // holds the channel that entry_ lies in
+    std::shared_ptr<const Imports> imports_;
     ChannelEntry& entry_;
     std::vector<Write> rows_;  // destination: an address of this process
     CopyUnits units_;
@@ -72,10 +65,11 @@ void complete(const Session& session, ChannelEntry& entry, const Failure* failur
 
 class PullTarget final : public LocalTarget {
   public:
-    PullTarget(EngineContext& context, Reactor& reactor, CopyPool& pool, Descriptor descriptor,
-               TargetSpec spec)
+    PullTarget(EngineContext& context, Reactor& reactor, CopyPool& pool, PullMemory& memory,
+               Descriptor descriptor, TargetSpec spec)
         : LocalTarget(context, reactor, std::move(descriptor), std::move(spec)),
           pool_(pool),
+          memory_(memory.sink_memory(spec_)),
           control_(write_control(spec_, Mode::kPull, {})),
           board_(Board::in_heap(spec_.slots, context_.progress.event.get())) {}
 
@@ -91,6 +85,7 @@ class PullTarget final : public LocalTarget {
 
     [[nodiscard]] Board& board() noexcept override { return board_; }
     [[nodiscard]] Gate& gate() noexcept { return gate_; }
+    [[nodiscard]] SinkMemory& memory() noexcept { return *memory_; }
 
     void fence(bool /*discard*/) override { close(); }
 
@@ -119,11 +114,11 @@ class PullTarget final : public LocalTarget {
 
     static void probe(const Session& session, const Request& request) {
         std::uint64_t value = 0;
-        const iovec here{&value, sizeof(value)};
-        const iovec there{reinterpret_cast<void*>(request.probe_address), sizeof(value)};
-        const ssize_t got = ::process_vm_readv(session.peer.pid, &here, 1, &there, 1, 0);
-        if (got < 0) {
-            throw os_error(Scope::kMemory, "process_vm_readv", errno,
+        const Span span{reinterpret_cast<std::uint64_t>(&value), request.probe_address,
+                        sizeof(value)};
+        if (const int error = pull_from_host(session.peer.pid, std::span(&span, 1)).error;
+            error != 0) {
+            throw os_error(Scope::kMemory, "process_vm_readv", error,
                            "the sink may not read the source's memory: run both as one user, in "
                            "one pid namespace, with ptrace allowed (seccomp, CAP_SYS_PTRACE, "
                            "/proc/sys/kernel/yama/ptrace_scope)");
@@ -171,15 +166,12 @@ class PullTarget final : public LocalTarget {
             return;
         }
         std::vector<Write> rows(num_rows);
-        const iovec here{rows.data(), rows.size() * sizeof(Write)};
-        const iovec there{reinterpret_cast<void*>(table_address), rows.size() * sizeof(Write)};
-        const ssize_t got = ::process_vm_readv(session->peer.pid, &here, 1, &there, 1, 0);
-        if (got != static_cast<ssize_t>(here.iov_len)) {
-            refuse(failure_of(got < 0 ? errno : EFAULT, 0));
-            return;
+        int error = read(*session, table_address, std::as_writable_bytes(std::span(rows)));
+        if (error == 0) {
+            error = follow_notes(*session, entry);
         }
-        if (session->is_void()) {  // the table may have been something else already
-            refuse({Scope::kPeer, ESRCH, 0});
+        if (error != 0) {
+            refuse(failure_of(error, 0));
             return;
         }
         std::size_t hint = 0;
@@ -193,7 +185,7 @@ class PullTarget final : public LocalTarget {
             }
             row.destination = range->base + (row.destination - range->arena_offset);
         }
-        CopyUnits units = cut_units(rows, kPullUnitBytes, kMaxVectors);
+        CopyUnits units = cut_units(rows, memory_->unit_bytes(), SinkMemory::kMaxSpans);
         const auto self = std::static_pointer_cast<PullTarget>(shared_from_this());
         const auto job =
             std::make_shared<PullJob>(self, session, entry, std::move(rows), std::move(units));
@@ -204,7 +196,44 @@ class PullTarget final : public LocalTarget {
         }
     }
 
+    // What a source keeps in its memory for us. Returns 0, or an error as Pulled's.
+    [[nodiscard]] static int read(const Session& session, std::uint64_t address,
+                                  std::span<std::byte> bytes) noexcept {
+        if (!bytes.empty()) {
+            const Span span{reinterpret_cast<std::uint64_t>(bytes.data()), address, bytes.size()};
+            const Pulled pulled = pull_from_host(session.peer.pid, std::span(&span, 1));
+            if (pulled.error != 0) {
+                return pulled.error;
+            }
+        }
+        return session.is_void() ? ESRCH : 0;  // it may have been something else already
+    }
+
+    // Opens what the source says of its memory, if it says something new.
+    [[nodiscard]] int follow_notes(Session& session, const ChannelEntry& entry) {
+        constexpr std::uint64_t kMaxNotes = std::uint64_t{64} << 20;
+        const std::uint64_t version = entry.notes_version;
+        const std::uint64_t nbytes = entry.notes_nbytes;
+        if (version == 0 || version == session.notes_version) {
+            return 0;
+        }
+        if (nbytes > kMaxNotes) {
+            return EINVAL;
+        }
+        std::vector<std::byte> notes(nbytes);
+        if (const int error = read(session, entry.notes_address, notes); error != 0) {
+            return error;
+        }
+        SinkMemory::Opened opened = memory_->open(session.peer, notes, session.imports);
+        if (opened.error == 0) {
+            session.imports = std::move(opened.imports);
+            session.notes_version = version;
+        }
+        return opened.error;
+    }
+
     CopyPool& pool_;
+    std::shared_ptr<SinkMemory> memory_;
     ControlMemory control_;
     Board board_;
     EventFd doorbell_;
@@ -227,55 +256,37 @@ void PullJob::run(std::size_t unit) noexcept {
 }
 
 void PullJob::read_rows(const CopyUnit& unit, Tally& tally) noexcept {
-    std::array<iovec, kMaxVectors> here;
-    std::array<iovec, kMaxVectors> there;
-    std::array<std::uint32_t, kMaxVectors> row_of;
+    std::array<Span, SinkMemory::kMaxSpans> spans;
+    std::array<std::uint32_t, SinkMemory::kMaxSpans> row_of;  // the first of each
     std::size_t count = 0;
     for (std::uint32_t i = unit.row_begin; i < unit.row_end; ++i) {
         const Write& row = rows_[i];
-        const std::uint64_t nbytes = unit.nbytes != 0 ? unit.nbytes : row.nbytes;
-        auto* to = reinterpret_cast<std::byte*>(row.destination + unit.offset);
-        auto* from = reinterpret_cast<std::byte*>(row.source + unit.offset);
-        if (nbytes == 0) {
+        const Span span{row.destination + unit.offset, row.source + unit.offset,
+                        unit.nbytes != 0 ? unit.nbytes : row.nbytes};
+        if (span.nbytes == 0) {
             continue;
         }
-        // Neighbours on both sides are one vector: the kernel's cost is per vector and per page.
-        if (count != 0 && end_of(here[count - 1]) == to && end_of(there[count - 1]) == from) {
-            here[count - 1].iov_len += nbytes;
-            there[count - 1].iov_len += nbytes;
+        // Neighbours on both sides are one: a call's cost is per span and per page.
+        if (count != 0 && spans[count - 1].to + spans[count - 1].nbytes == span.to &&
+            spans[count - 1].from + spans[count - 1].nbytes == span.from) {
+            spans[count - 1].nbytes += span.nbytes;
             continue;
         }
-        here[count] = {to, nbytes};
-        there[count] = {from, nbytes};
+        spans[count] = span;
         row_of[count++] = i;
     }
     std::uint32_t num_read = unit.row_end;  // rows before it are there
-    for (std::size_t at = 0; at < count;) {
-        const ssize_t got = ::process_vm_readv(session_->peer.pid, &here[at], count - at,
-                                               &there[at], count - at, 0);
-        if (got <= 0) {
-            const int error = got < 0 ? errno : EFAULT;
-            // Of the rows that make up this vector, those before its address were read.
-            const auto stopped_at = reinterpret_cast<std::uint64_t>(here[at].iov_base);
-            num_read = row_of[at];
-            while (unit.nbytes == 0 && num_read + 1 < unit.row_end &&
-                   rows_[num_read].destination + rows_[num_read].nbytes <= stopped_at) {
-                ++num_read;
-            }
-            fail(failure_of(error, num_read));
-            break;
+    const Pulled pulled =
+        target_->memory().pull(session_->peer, imports_.get(), std::span(spans.data(), count));
+    if (pulled.error != 0) {
+        // Of the rows that make up this span, those before its end were read.
+        const std::uint64_t stopped_at = spans[pulled.num_spans].to + pulled.nbytes;
+        num_read = row_of[pulled.num_spans];
+        while (unit.nbytes == 0 && num_read + 1 < unit.row_end &&
+               rows_[num_read].destination + rows_[num_read].nbytes <= stopped_at) {
+            ++num_read;
         }
-        // A partial read stops at a whole vector or at the page that faults: go on behind it.
-        auto rest = static_cast<std::size_t>(got);
-        while (at < count && rest >= here[at].iov_len) {
-            rest -= here[at++].iov_len;
-        }
-        if (rest != 0) {
-            for (iovec* part : {&here[at], &there[at]}) {
-                part->iov_base = static_cast<std::byte*>(part->iov_base) + rest;
-                part->iov_len -= rest;
-            }
-        }
+        fail(failure_of(pulled.error, num_read));
     }
     if (session_->is_void()) {
         fail({Scope::kPeer, ESRCH, unit.row_begin});
@@ -302,10 +313,10 @@ void PullJob::finish() noexcept {
 }  // namespace
 
 std::shared_ptr<LocalTarget> make_pull_target(EngineContext& context, Reactor& reactor,
-                                              CopyPool& pool, Descriptor descriptor,
-                                              TargetSpec spec) {
-    auto target = std::make_shared<PullTarget>(context, reactor, pool, std::move(descriptor),
-                                               std::move(spec));
+                                              CopyPool& pool, PullMemory& memory,
+                                              Descriptor descriptor, TargetSpec spec) {
+    auto target = std::make_shared<PullTarget>(context, reactor, pool, memory,
+                                               std::move(descriptor), std::move(spec));
     target->start();
     return target;
 }

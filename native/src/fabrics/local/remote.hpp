@@ -10,6 +10,7 @@
 #include <weightsync/fabric.hpp>
 
 #include "gate.hpp"
+#include "pull_memory.hpp"
 #include "reactor.hpp"
 #include "wire.hpp"
 
@@ -57,7 +58,8 @@ class LocalRemote : public RemotePort, public std::enable_shared_from_this<Local
                                                             Peer peer, std::vector<UniqueFd> fds);
 [[nodiscard]] std::shared_ptr<LocalRemote> make_pull_remote(EngineContext& context,
                                                             Reactor& reactor, CopyPool& pool,
-                                                            Peer peer, EventFd completion,
+                                                            PullMemory& memory, Peer peer,
+                                                            EventFd completion,
                                                             std::vector<UniqueFd> fds);
 
 }  // namespace weightsync::local

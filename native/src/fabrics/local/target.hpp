@@ -11,6 +11,7 @@
 #include <weightsync/fabric.hpp>
 
 #include "gate.hpp"
+#include "pull_memory.hpp"
 #include "reactor.hpp"
 #include "wire.hpp"
 
@@ -27,7 +28,10 @@ struct Session : Counted<Kind::kSession> {
     // pull only
     EventFd source_event{UniqueFd()};
     std::unique_ptr<Mapping> channel_mapping;
-    std::uint64_t next_entry = 0;  // reactor thread only
+    // reactor thread only
+    std::uint64_t next_entry = 0;
+    std::uint64_t notes_version = 0;
+    std::shared_ptr<const Imports> imports;  // of those notes
 
     [[nodiscard]] Channel& channel() const noexcept {
         return *reinterpret_cast<Channel*>(channel_mapping->data());
@@ -85,6 +89,7 @@ class LocalTarget : public TargetPort, public std::enable_shared_from_this<Local
 // Memory is private to the sink: its threads read the sources' memory and set the bits.
 [[nodiscard]] std::shared_ptr<LocalTarget> make_pull_target(EngineContext& context,
                                                             Reactor& reactor, CopyPool& pool,
+                                                            PullMemory& memory,
                                                             Descriptor descriptor, TargetSpec spec);
 
 }  // namespace weightsync::local

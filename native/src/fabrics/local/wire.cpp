@@ -56,7 +56,7 @@ Descriptor Descriptor::decode(std::span<const std::byte> bytes) {
     constexpr std::size_t kMaxName = sizeof(sockaddr_un::sun_path) - 1;
     if ((result.mode != Mode::kPush && result.mode != Mode::kPull) ||
         result.socket_name.size() > kMaxName) {
-        throw Error(Scope::kConfig, "descriptor of fabric 'local' is damaged");
+        throw Error(Scope::kConfig, "the descriptor is damaged");
     }
     return result;
 }

@@ -20,7 +20,7 @@
 namespace weightsync::local {
 
 inline constexpr std::uint64_t kMagic = 0x31'4c'41'43'4f'4c'53'57;  // "WSLOCAL1"
-inline constexpr std::uint32_t kWireVersion = 1;
+inline constexpr std::uint32_t kWireVersion = 2;
 
 enum class Mode : std::uint32_t { kPush = 1, kPull = 2 };
 
@@ -129,11 +129,14 @@ struct ChannelEntry {
     enum State : std::uint32_t { kFree = 0, kPosted = 1, kTaken = 2, kDone = 3 };
     std::atomic<std::uint32_t> state;
     std::int32_t scope;           // of the error, or -1
-    std::int32_t error;           // errno
+    std::int32_t error;           // as Pulled's
     std::uint32_t row;            // first that failed
     std::uint64_t table_address;  // of Write rows in the source's memory
     std::uint64_t num_rows;
-    std::array<std::byte, 32> padding;
+    std::uint64_t notes_address;  // of Notes in the source's memory; version 0: there are none
+    std::uint64_t notes_nbytes;
+    std::uint64_t notes_version;
+    std::array<std::byte, 8> padding;
 };
 static_assert(sizeof(ChannelEntry) == 64);
 

@@ -132,8 +132,8 @@ Registration::Registration(std::shared_ptr<ProtectionDomain> domain, std::uint64
         request.access |= IBV_ACCESS_RELAXED_ORDERING;
     }
     std::string no_dmabuf;  // of GPU memory: why
-    if (const GpuDriver* gpu = options.gpu_driver();
-        gpu != nullptr && is_gpu_memory(*gpu, address)) {
+    if (const cuda::Driver* gpu = options.gpu_driver();
+        gpu != nullptr && cuda::is_gpu_memory(*gpu, address)) {
         DmaBuf buffer = export_dmabuf(*gpu, address, nbytes);
         if (buffer.fd) {
             raw_ = pin_dmabuf(request, buffer);

@@ -45,11 +45,11 @@ struct MemoryOptions {
     // PCIe may reorder the bytes of writes, which is faster where it matters; nothing overtakes a
     // completion all the same.
     bool relaxed_ordering = true;
-    const GpuDriver* gpu = nullptr;  // for tests; null: loaded_gpu_driver()
+    const cuda::Driver* gpu = nullptr;  // for tests; null: cuda::loaded_driver()
     std::string sysfs = "/sys";
 
-    [[nodiscard]] const GpuDriver* gpu_driver() const {
-        return gpu == nullptr ? loaded_gpu_driver() : gpu;
+    [[nodiscard]] const cuda::Driver* gpu_driver() const {
+        return gpu == nullptr ? cuda::loaded_driver() : gpu;
     }
 };
 

@@ -75,7 +75,7 @@ void VerbsTarget::register_ranges() {
         }
         ranges_.push_back({range, {}});
     }
-    const GpuDriver* gpu = rails_.front()->domain()->memory().gpu_driver();
+    const cuda::Driver* gpu = rails_.front()->domain()->memory().gpu_driver();
     for (RemoteRange& range : ranges_) {
         if (gpu != nullptr) {
             flush_.add(*gpu, range.range.base);
