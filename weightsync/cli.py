@@ -51,7 +51,7 @@ bench = typer.Typer(
 )
 app.add_typer(bench)
 
-FABRIC_HELP = "local, tcp, verbs, ofi:tcp, ofi:shm or another provider of libfabric."
+FABRIC_HELP = "local, cuda_ipc, tcp, verbs, ofi:tcp, ofi:shm, other providers of libfabric."
 
 
 @app.command()
@@ -144,7 +144,8 @@ def transfer(
 def bench_fabric(
     fabric: Annotated[str, typer.Option(help=FABRIC_HELP)] = "local",
     memory: Annotated[
-        str, typer.Option(help="Of the readers: shared (the fabric's own) or private.")
+        str,
+        typer.Option(help="Of the readers: shared (the fabric's; cuda_ipc: a GPU's) or private."),
     ] = "shared",
     num_bytes: Annotated[
         str, typer.Option("--bytes", metavar="SIZE", help="Payload of one measurement.")

@@ -32,6 +32,7 @@ from weightsync.encodings import kernels
 from weightsync.errors import WeightSyncError
 from weightsync.service import selftest
 from weightsync.settings import ENV_JOB, Settings
+from weightsync.transport.cuda_ipc import cuda_ipc_problem
 from weightsync.transport.fabrics import open_fabric
 from weightsync.transport.ofi import ofi_providers
 from weightsync.transport.verbs import RdmaPort, rdma_ports, verbs_problem
@@ -183,8 +184,9 @@ def run_doctor(console: Console) -> dict[str, Any]:
     broken = [check for check in checks if check.is_needed and check.status == "missing"]
     works = {check.name for check in checks if check.status == "ok"}
     fabrics = [] if broken else ["local", "sim", *(["tcp"] if "fabric tcp" in works else [])]
-    if not broken and verbs_problem() is None:
-        fabrics.append("verbs")
+    for name, problem in (("cuda_ipc", cuda_ipc_problem), ("verbs", verbs_problem)):
+        if not broken and problem() is None:
+            fabrics.append(name)
     table = Table(box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     table.add_column("what", no_wrap=True)
@@ -479,9 +481,9 @@ def _torch(host: Host) -> Iterator[Check]:
 
 def _cuda(host: Host) -> Iterator[Check]:
     if (problem := _loads(host, "libcuda.so.1")) is None:
-        yield Check("CUDA driver", "ok", "libcuda.so.1 loads; this version moves CPU memory only")
+        yield Check("CUDA driver", "ok", "libcuda.so.1 loads; fabric cuda_ipc uses it")
     else:
-        next_step = "install the NVIDIA driver; only weights on GPUs will need it"
+        next_step = "install the NVIDIA driver; only fabric cuda_ipc needs it"
         yield Check("CUDA driver", "missing", problem, next_step)
 
 

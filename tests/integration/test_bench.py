@@ -128,7 +128,6 @@ def test_interrupt_leaves_nothing(mark: dict[str, str]) -> None:
         (("--threads", "0"), "threads=0"),
         (("--memory", "sacred"), "sacred"),
         (("--fabric", "sim"), "lives in one process"),
-        (("--fabric", "cuda_ipc"), "not built yet"),
         (("--fabric", "pigeon"), "unknown fabric"),
         (("--bytes", "1000TiB"), "fewer --bytes"),
     ],

@@ -41,7 +41,8 @@ class FabricOptions:
 
     Args:
         fabric: Any but `sim`.
-        memory: Of the readers: `shared` is the fabric's own, `private` ordinary memory.
+        memory: Of the readers: `shared` is the fabric's own, `private` ordinary memory. Of fabric
+            `cuda_ipc` on both sides: `shared` is a GPU's, the last one's for readers.
         nbytes: Payload of one measurement, a multiple of 16 MiB; of writes below 4 KiB and of
             small posts as many bytes as 32,768 writes have.
         peers: Readers of the fan-out.
@@ -195,7 +196,7 @@ class _Bench:
     def _plain(self, series: _Series) -> Callable[[], float]:
         """Moves the same rows as plainly as this machine allows; called once for each repeat."""
         sizes = [series.row_bytes] * series.rows
-        if self.options.fabric in ("local", "ofi:shm"):
+        if self.options.fabric in ("local", "cuda_ipc", "ofi:shm"):
             if self.options.memory == "private":
                 return lambda: self._timed(series, self._readers[0], "read", **self._place)
             return lambda: self._timed(series, self._writer, "memcpy")

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 
 from weightsync.bench.baseline import ProcessRead, SocketReceiver
+from weightsync.bench.gpu import DeviceWords, device_count
 from weightsync.bench.payload import Words, address_of, first_difference, make
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import ConfigError
@@ -47,7 +48,15 @@ class _Reader:
         self._engine = open_fabric(self._fabric)
         self._memory: Lease | Memory
         self._words: Words
-        if options["memory"] == "private":
+        self._device: DeviceWords | None = None
+        if options["memory"] == "shared" and self._fabric == "cuda_ipc":
+            # Not the writer's, where there are two.
+            self._device = device = DeviceWords(
+                np.zeros(nbytes // 8, np.uint64), device_count() - 1
+            )
+            self._words = device.host
+            self._memory = self._engine.register(device.address, nbytes, device)
+        elif options["memory"] == "private":
             self._words = np.zeros(nbytes // 8, np.uint64)
             self._words.fill(0)  # every page present
             self._memory = self._engine.register(address_of(self._words), nbytes, self._words)
@@ -96,10 +105,14 @@ class _Reader:
 
     def check(self, nbytes: int, key: int, clear: bool = True) -> Message:
         """Compare the first `nbytes` with the payload of `key`, word for word; then forget them."""
+        if self._device is not None:
+            self._device.download()
         found = self._words[: nbytes // 8]
         problem = first_difference(found, self._base, key)
         if clear:
             found.fill(0)
+        if self._device is not None:
+            self._device.upload()
         return {"problem": problem}
 
     def unexport(self) -> Message:

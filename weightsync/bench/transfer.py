@@ -38,8 +38,8 @@ class TransferOptions:
     Args:
         nbytes: Payload.
         tensors: Over how many tensors; see `content.tensor_sizes` for their sizes.
-        fabric: Any but `sim`. `local` and `ofi:shm` are compared with plain
-            copies, the others with raw sockets.
+        fabric: Any but `sim`. `local`, `cuda_ipc` and `ofi:shm` are compared with plain copies,
+            the others with raw sockets. Weights are on the host whatever the fabric.
         memory: Of the sink: `shared` is the fabric's own (the source writes), `private` are
             ordinary tensors (the sink reads).
         repeats: Timed pairs of each kind.
@@ -177,7 +177,7 @@ class _Bench:
 
     def _plain(self) -> Message:
         """Move the same bytes as plainly as this machine allows."""
-        if self.options.fabric in ("local", "ofi:shm"):
+        if self.options.fabric in ("local", "cuda_ipc", "ofi:shm"):
             worker = self.source if self.options.memory == "shared" else self.sink
             return self._do(worker, "baseline", **self._readable)
         self.sink.send("sockets")

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightsync.bench.baseline import Memcpy, SocketSender
+from weightsync.bench.gpu import DeviceCopy, DeviceWords, device_count
 from weightsync.bench.payload import address_of, changed, make
 from weightsync.bench.reader import export_rows
 from weightsync.demo.worker import Channel, Message
@@ -39,7 +40,11 @@ class _Writer:
         nbytes = int(options["bytes"])
         self._engine: Engine = open_fabric(str(options["fabric"]))
         self._words = make(nbytes)
-        self.address = address_of(self._words)
+        self._device: DeviceWords | None = None
+        self._device_copy: DeviceWords | None = None
+        if options["fabric"] == "cuda_ipc" and options["memory"] == "shared":
+            self._device = DeviceWords(self._words, 0)
+        self.address = address_of(self._words) if self._device is None else self._device.address
         self._lease = self._engine.register(self.address, nbytes, self._words)
         self._key = 0
         self._remotes: list[Remote] = []
@@ -69,6 +74,8 @@ class _Writer:
         """Take the values of another key."""
         changed(self._words, self._key, key)
         self._key = key
+        if self._device is not None:
+            self._device.upload()
         return {}
 
     def connect(self, descriptors: list[str]) -> Message:
@@ -148,6 +155,8 @@ class _Writer:
     def memcpy(self, sizes: list[int]) -> Message:
         """Copy the same rows inside this process."""
         nbytes = sum(sizes)
+        if self._device is not None:
+            return self._copy_on_device(self._device, nbytes)
         if self._copied is None:
             self._copied = np.empty(self._words.nbytes, np.uint8)
             self._copied.fill(1)  # every page present
@@ -155,6 +164,17 @@ class _Writer:
         copy = Memcpy((self.address + at).tolist(), (address_of(self._copied) + at).tolist(), sizes)
         seconds = copy.run()
         if not np.array_equal(self._copied[:nbytes], self._words.view(np.uint8)[:nbytes]):
+            raise ConfigError("the plain copy is wrong")
+        return {"seconds": seconds, "name": copy.name}
+
+    def _copy_on_device(self, source: DeviceWords, nbytes: int) -> Message:
+        """The same bytes to memory of the reader's GPU, by one call of this process."""
+        if self._device_copy is None:
+            self._device_copy = DeviceWords(np.zeros_like(self._words), device_count() - 1)
+        copy = DeviceCopy(self._device_copy, source)
+        seconds = copy.run(nbytes)
+        self._device_copy.download()
+        if not np.array_equal(self._device_copy.host[: nbytes // 8], self._words[: nbytes // 8]):
             raise ConfigError("the plain copy is wrong")
         return {"seconds": seconds, "name": copy.name}
 

@@ -11,11 +11,11 @@
 namespace weightsync::cuda {
 
 // Of cuda.h; the driver's binary interface keeps them.
-inline constexpr int kPointerContext = 1;     // CU_POINTER_ATTRIBUTE_CONTEXT
-inline constexpr int kPointerMemoryType = 2;  // CU_POINTER_ATTRIBUTE_MEMORY_TYPE
-inline constexpr int kPointerBufferId = 7;    // CU_POINTER_ATTRIBUTE_BUFFER_ID
-inline constexpr int kPointerIsManaged = 8;   // CU_POINTER_ATTRIBUTE_IS_MANAGED
-inline constexpr int kPointerDevice = 9;      // CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+inline constexpr int kPointerContext = 1;          // CU_POINTER_ATTRIBUTE_CONTEXT
+inline constexpr int kPointerMemoryType = 2;       // CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+inline constexpr int kPointerBufferId = 7;         // CU_POINTER_ATTRIBUTE_BUFFER_ID
+inline constexpr int kPointerIsManaged = 8;        // CU_POINTER_ATTRIBUTE_IS_MANAGED
+inline constexpr int kPointerDevice = 9;           // CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 inline constexpr unsigned kMemoryTypeDevice = 2;   // CU_MEMORYTYPE_DEVICE
 inline constexpr int kRangeDmaBuf = 1;             // CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
 inline constexpr int kDeviceWritesOrdering = 118;  // ..._GPU_DIRECT_RDMA_WRITES_ORDERING
