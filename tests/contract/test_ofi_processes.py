@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -170,15 +169,8 @@ def test_idle_engines_sleep(engine: Engine, fabric: str) -> None:
     target = engine.export([(0, memory, 0, MIB)], [1], 8, 1)
     with Peer(fabric) as peer:
         peer.call("connect", descriptor=target.descriptor.hex())
-        time.sleep(0.2)
-
-        def cpu_s() -> float:
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            return usage.ru_utime + usage.ru_stime
-
-        before = cpu_s()
-        time.sleep(1.0)
-        assert cpu_s() - before < 0.05  # 5 %: the clock is coarse and the machine may be slow
+        time.sleep(0.3)
+        assert peer.cpu_share(1.0) < 0.01
     target.close()
 
 

@@ -27,7 +27,7 @@ from support.fabrics import (
     random_bytes,
     rows,
 )
-from support.peers import Peer
+from support.peers import Peer, PeerError
 from weightsync.errors import (
     AuthError,
     FencedError,
@@ -194,6 +194,46 @@ def test_a_killed_sink_fails_operations_in_bounded_time(engine: Engine, mode: Mo
         with pytest.raises(PeerLostError, match="does not listen"):
             engine.connect(descriptor, BOUNDED_S)
     lease.release()
+
+
+def test_idle_processes_use_no_processor(engine: Engine, mode: Mode) -> None:
+    target = export(engine, mode, MIB, [1])
+    with mode.peer() as peer:
+        peer.call("connect", descriptor=target.descriptor.hex())
+        peer.call("load", nbytes=MIB, seed=1)
+        peer.call("transfer", table=[[0, 0, MIB, 0]], timeout_s=WAIT_S)
+        time.sleep(0.3)  # the tick after the last answer
+        assert peer.cpu_share(1.0) < 0.01
+        peer.call("transfer", table=[[0, 0, MIB, 0]], timeout_s=WAIT_S)  # and it wakes up
+    target.close()
+
+
+def test_a_killed_member_of_a_group_is_named_to_the_others(engine: Engine, mode: Mode) -> None:
+    group = engine.open_group(0, 3)
+    with mode.peer() as other, mode.peer() as victim:
+        peers = {1: other, 2: victim}
+        descriptors = {0: group.descriptor.hex()}
+        for index, peer in peers.items():
+            descriptors[index] = peer.call("join", index=index, size=3)
+        for index, descriptor in descriptors.items():
+            group.connect(index, bytes.fromhex(descriptor), WAIT_S)
+            for peer in peers.values():
+                peer.call("meet", member=index, descriptor=descriptor)
+        for peer in peers.values():
+            peer.start("barrier", timeout_s=WAIT_S)
+        group.barrier(WAIT_S)
+        for peer in peers.values():
+            peer.result()
+        victim.kill()
+        other.start("barrier", timeout_s=BOUNDED_S)
+        with pytest.raises(PeerLostError) as lost:
+            group.barrier(BOUNDED_S)
+        assert lost.value.member == 2
+        with pytest.raises(PeerError, match=r"PeerLostError.*member 2"):
+            other.result()
+        other.call("tell", member=0, text="still here")  # who lives can be talked to
+        assert group.recv(WAIT_S) == (1, b"still here")
+    group.close()
 
 
 def test_connecting_to_a_stopped_sink_times_out(engine: Engine, mode: Mode) -> None:

@@ -10,7 +10,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -232,26 +231,6 @@ def test_a_frozen_sink_is_waited_for(sink: Engine, source: Engine) -> None:
         assert peer.call("holds", nbytes=4 * MIB, seed=6)
         remote.close()
     lease.release()
-
-
-def test_idle_processes_use_no_processor(sink: Engine, source: Engine) -> None:
-    target, _ = export(sink, MIB, [1])
-    with Peer("tcp", addresses=list(RAILS)) as peer:
-        peer.call("connect", descriptor=target.descriptor.hex())
-        peer.call("load", nbytes=MIB, seed=1)
-        peer.call("post", table=[[0, 0, MIB, 0]])
-        peer.call("finish", timeout_s=WAIT_S)
-
-        def busy_s() -> float:
-            tasks = Path(f"/proc/{peer.pid}/task").glob("*/schedstat")
-            return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
-
-        time.sleep(0.3)  # the tick after the last answer
-        before, start = busy_s(), time.monotonic()
-        time.sleep(1.0)
-        assert (busy_s() - before) / (time.monotonic() - start) < 0.01
-        peer.call("post", table=[[0, 0, MIB, 0]])  # and it wakes up
-        peer.call("finish", timeout_s=WAIT_S)
 
 
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1"])

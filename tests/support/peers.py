@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -24,6 +25,7 @@ from support.fabrics import Bytes, address_of, place_of, random_bytes, rows
 from weightsync.errors import WeightSyncError
 from weightsync.transport.base import Operation, Remote, Target
 from weightsync.transport.fabrics import open_fabric
+from weightsync.transport.group import PeerGroup
 
 __all__ = ["Peer", "PeerError"]
 
@@ -80,6 +82,17 @@ class Peer:
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
+    def cpu_share(self, seconds: float) -> float:
+        """Processor time that all its threads take for so long, in units of one core."""
+
+        def busy_s() -> float:
+            tasks = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
+            return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+        before, start = busy_s(), time.monotonic()
+        time.sleep(seconds)
+        return (busy_s() - before) / (time.monotonic() - start)
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self._process.kill()
@@ -113,6 +126,7 @@ class _Server:
         self.payload: Bytes
         self.payload_address: int
         self.gpu: Gpu
+        self.group: PeerGroup
         self.operation: Operation
         self.kept: list[object] = []
 
@@ -175,6 +189,19 @@ class _Server:
 
     def finish(self, timeout_s: float) -> None:
         self.operation.wait(timeout_s)
+
+    def join(self, index: int, size: int) -> str:
+        self.group = self.engine.open_group(index, size)
+        return self.group.descriptor.hex()
+
+    def meet(self, member: int, descriptor: str) -> None:
+        self.group.connect(member, bytes.fromhex(descriptor), 10.0)
+
+    def barrier(self, timeout_s: float) -> None:
+        self.group.barrier(timeout_s)
+
+    def tell(self, member: int, text: str) -> None:
+        self.group.send(member, text.encode(), 10.0).wait(10.0)
 
     def store(self, offset: int, nbytes: int, value: int) -> None:
         """Write through the mapping, as a zombie would: asking nobody."""
