@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,9 +77,8 @@ def rail(engine: Engine, index: int) -> dict[str, Any]:
     return engine.rails()[index]
 
 
-def break_connections(address: str) -> int:
-    """Shut all TCP connections of this process from an address to itself; how many."""
-    num_broken = 0
+def connections(address: str) -> Iterator[socket.socket]:
+    """All TCP connections of this process from an address to itself, as copies."""
     for path in Path("/proc/self/fd").iterdir():
         try:
             number = os.dup(int(path.name))
@@ -92,9 +93,28 @@ def break_connections(address: str) -> int:
             if (copy.family, copy.type) != (socket.AF_INET, socket.SOCK_STREAM):
                 continue
             if copy.getsockname()[0] == copy.getpeername()[0] == address:
-                copy.shutdown(socket.SHUT_RDWR)
-                num_broken += 1
+                yield copy
+
+
+def break_connections(address: str) -> int:
+    """Shut them; how many."""
+    num_broken = 0
+    for connection in connections(address):
+        connection.shutdown(socket.SHUT_RDWR)
+        num_broken += 1
     return num_broken
+
+
+def stall_connections(address: str) -> int:
+    """Let everything that reaches them be lost, as behind a dead switch; how many."""
+    so_attach_filter, drop = 26, struct.pack("=HBBI", 0x06, 0, 0, 0)  # BPF: return 0 bytes
+    program = ctypes.create_string_buffer(drop)
+    num_stalled = 0
+    for connection in connections(address):
+        loaded = struct.pack("@HP", 1, ctypes.addressof(program))
+        connection.setsockopt(socket.SOL_SOCKET, so_attach_filter, loaded)
+        num_stalled += 1
+    return num_stalled
 
 
 @pytest.mark.parametrize("attempt", range(3))
@@ -185,6 +205,29 @@ def lose_the_last_rail() -> None:
         for lease in leases:
             lease.release()
         target.close()
+
+
+def test_a_rail_that_stands_still_is_given_up_while_the_other_moves(
+    sink: Engine, source: Engine
+) -> None:
+    target, view = export(sink, [96])
+    payload = random_bytes(NBYTES, 5)
+    lease = source.register(address_of(payload), NBYTES, payload)
+    remote = source.connect(target.descriptor, WAIT_S)
+    operation = remote.post(table_of(payload))
+    until(lambda: rail(source, 1)["bytes_out"] > 8 * MIB)
+    assert not operation.done
+    assert stall_connections(RAILS[1]) > 0
+    start = time.monotonic()
+    operation.wait(WAIT_S)
+    # Not at once: what stands still may be slow, and nothing says that it failed.
+    assert 1.5 < time.monotonic() - start < WAIT_S
+    target.wait([0], WAIT_S)
+    assert np.array_equal(view, payload)
+    until(lambda: rail(source, 1)["state"] == "active")  # by connections that are not stalled
+    remote.close()
+    target.close()
+    lease.release()
 
 
 def test_the_last_rail_gone_is_an_error_of_that_source_alone() -> None:

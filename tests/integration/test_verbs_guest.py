@@ -30,10 +30,13 @@ SUITES: Final = (
     "test_known_defects.py",
 )
 OWN: Final = "tests/contract/test_verbs.py"
+PROCESSES: Final = "tests/contract/test_processes.py"
 RAILS: Final = ("verbs", "verbs-2-to-3")
 # Two rails against three everywhere; one against one where that differs most, or in all suites.
 PLAIN: Final = SUITES if IS_LONG else SUITES[:1]
-CHOICE: Final = "verbs" if IS_LONG else "verbs and (2-to-3 or test_fabric or test_verbs)"
+CHOICE: Final = (
+    "verbs" if IS_LONG else "verbs and (2-to-3 or test_fabric or test_processes or test_verbs)"
+)
 # Of the slow guest, which emulates a processor: whether it works at all.
 FEW: Final = ("test_a_write_of_any_length_lands_exactly", "test_a_killed_peer")
 LIMIT_S: Final = 300.0  # 80 s when nothing else runs; twice that has been seen
@@ -70,7 +73,8 @@ def wanted() -> set[str]:
         for rails in RAILS
         if rails != "verbs" or name.partition("::")[0].endswith(PLAIN)
     }
-    return both | set(collected(OWN))
+    processes = {_TCP.sub(RAILS[0], name) for name in collected(PROCESSES) if _TCP.search(name)}
+    return both | processes | set(collected(OWN))
 
 
 def run_there(folder: Path, choice: str, limit_s: float) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def run_there(folder: Path, choice: str, limit_s: float) -> dict[str, Any]:
     done = run_in_guest(
         sys.executable, "-P", ROOT / "tests/support/guest_suite.py", report,
         *("-q", "-p", "no:cacheprovider", "-k", choice),
-        *(f"tests/contract/{suite}" for suite in SUITES), OWN,
+        *(f"tests/contract/{suite}" for suite in SUITES), PROCESSES, OWN,
         options=("--rw", str(folder)), num_nics=4, timeout_s=limit_s, cwd=ROOT,
     )  # fmt: skip
     said = f"{done.stdout[-20000:]}\n{done.stderr[-4000:]}"

@@ -20,6 +20,13 @@
 
 namespace weightsync {
 
+// Ports, leases and engines of a parent are never dropped in a forked child: their threads are not
+// there, and what they hold of devices and connections is the parent's own.
+template <class Port>
+void keep_for_ever(std::shared_ptr<Port> port) {
+    [[maybe_unused]] const auto* kept = new std::shared_ptr<Port>(std::move(port));
+}
+
 class Engine;
 class PeerGroup;
 class ScatterOperation;
@@ -47,7 +54,7 @@ class Lease {
   public:
     Lease(EngineContext& context, std::shared_ptr<LeaseState> state)
         : context_(context), state_(std::move(state)) {}
-    ~Lease() { context_.leases.abandon(state_); }
+    ~Lease();
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
     [[nodiscard]] const std::shared_ptr<LeaseState>& state() const noexcept { return state_; }
@@ -130,7 +137,7 @@ class Target : Counted<Kind::kTarget> {
 class Remote : Counted<Kind::kRemote> {
   public:
     Remote(EngineContext& context, std::shared_ptr<RemotePort> port);
-    ~Remote() { close(); }
+    ~Remote();
 
     [[nodiscard]] const RemoteInfo& info() const noexcept { return *port_->info(); }
     [[nodiscard]] std::uint64_t mapped_address() const noexcept;

@@ -24,7 +24,15 @@ Memory::Memory(EngineContext& context, std::uint64_t nbytes, bool prefault)
 }
 
 Memory::~Memory() {
-    context_.leases.abandon(lease_);
+    if (!context_.is_in_child()) {
+        context_.leases.abandon(lease_);
+    }
+}
+
+Lease::~Lease() {
+    if (!context_.is_in_child()) {
+        context_.leases.abandon(state_);
+    }
 }
 
 void Lease::release(const Deadline& deadline) {
@@ -38,6 +46,13 @@ void Lease::release(const Deadline& deadline) {
 
 Remote::Remote(EngineContext& context, std::shared_ptr<RemotePort> port)
     : context_(context), port_(std::move(port)) {}
+
+Remote::~Remote() {
+    close();
+    if (context_.is_in_child()) {
+        keep_for_ever(std::move(port_));
+    }
+}
 
 std::uint64_t Remote::mapped_address() const noexcept {
     return is_open_.load() ? port_->mapped_address() : 0;
@@ -103,7 +118,11 @@ void Remote::close() noexcept {
 }
 
 std::shared_ptr<Engine> Engine::open(std::string name, const MakeFabric& make) {
-    return std::make_shared<Engine>(std::move(name), make);
+    return {new Engine(std::move(name), make), [](Engine* engine) {
+                if (!engine->context_.is_in_child()) {
+                    delete engine;
+                }
+            }};
 }
 
 Engine::Engine(std::string name, const MakeFabric& make) {
@@ -115,10 +134,6 @@ Engine::Engine(std::string name, const MakeFabric& make) {
 
 Engine::~Engine() {
     close();
-    if (context_.is_in_child()) {
-        // Its threads live in the parent only: joining or ending them here is undefined.
-        [[maybe_unused]] const Fabric* leaked = fabric_.release();
-    }
 }
 
 void Engine::begin_call() {

@@ -30,6 +30,10 @@ Target::Target(EngineContext& context, std::shared_ptr<TargetPort> port, std::ui
 
 Target::~Target() {
     close();
+    if (context_.is_in_child()) {
+        keep_for_ever(std::move(port_));
+        return;
+    }
     // A lease may have been dropped while this target exported it.
     [[maybe_unused]] const auto idle = context_.leases.collect();
 }

@@ -94,9 +94,7 @@ void TcpRemote::connect(const Deadline& deadline) {
 }
 
 TcpRemote::~TcpRemote() {
-    if (!shared_.context.is_in_child()) {
-        close();
-    }
+    close();
 }
 
 net::Hello TcpRemote::hello(net::LinkKind kind) const {

@@ -29,9 +29,7 @@ TcpTarget::TcpTarget(EngineContext& context, net::Listener& listener, net::React
 }
 
 TcpTarget::~TcpTarget() {
-    if (!context_.is_in_child()) {
-        close();
-    }
+    close();
 }
 
 void TcpTarget::start() {
