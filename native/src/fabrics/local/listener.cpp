@@ -42,7 +42,7 @@ void refuse(int socket, Scope scope, std::string_view message) noexcept {
 
 }  // namespace
 
-Listener::Listener(EngineContext& context, Reactor& reactor)
+Listener::Listener(EngineContext& context, net::Reactor& reactor)
     : context_(context),
       reactor_(reactor),
       name_(random_name()),
@@ -65,10 +65,11 @@ Listener::~Listener() {
 }
 
 void Listener::start() {
-    watch_ = reactor_.watch(socket_.get(), EPOLLIN, [weak = weak_from_this()] {
+    watch_ = reactor_.watch(socket_.get(), EPOLLIN, [weak = weak_from_this()](std::uint32_t) {
         if (const auto self = weak.lock()) {
             self->on_connect();
         }
+        return false;
     });
 }
 
@@ -93,10 +94,11 @@ void Listener::on_connect() {
     const auto pending = std::make_shared<Pending>(std::move(socket), peer);
     // Set before the handler can run: that happens on this thread.
     const auto id = std::make_shared<std::uint64_t>(0);
-    *id = reactor_.watch(fd, EPOLLIN | EPOLLRDHUP, [weak = weak_from_this(), id] {
+    *id = reactor_.watch(fd, EPOLLIN | EPOLLRDHUP, [weak = weak_from_this(), id](std::uint32_t) {
         if (const auto self = weak.lock()) {
             self->on_request(*id);
         }
+        return false;
     });
     const std::lock_guard lock(mutex_);
     pending_.emplace(*id, pending);

@@ -14,7 +14,7 @@ namespace weightsync::local {
 
 class Listener : public std::enable_shared_from_this<Listener> {
   public:
-    Listener(EngineContext& context, Reactor& reactor);
+    Listener(EngineContext& context, net::Reactor& reactor);
     ~Listener();
     Listener(const Listener&) = delete;
     Listener& operator=(const Listener&) = delete;
@@ -35,7 +35,7 @@ class Listener : public std::enable_shared_from_this<Listener> {
     [[nodiscard]] std::shared_ptr<LocalTarget> find(const Request& request, std::size_t nbytes);
 
     EngineContext& context_;
-    Reactor& reactor_;
+    net::Reactor& reactor_;
     std::string name_;
     UniqueFd socket_;
     std::uint64_t watch_ = 0;

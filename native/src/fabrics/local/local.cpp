@@ -178,7 +178,7 @@ class LocalFabric final : public Fabric {
     const std::string name_;
     const std::unique_ptr<PullMemory> memory_;
     // Last to go: ports that queued jobs and handlers hold look at it in their destructors.
-    Reactor reactor_;
+    net::Reactor reactor_{"ws-local"};
     CopyPool pool_;
     std::mutex mutex_;
     std::shared_ptr<Listener> listener_;

@@ -13,7 +13,7 @@ namespace {
 
 class PullRemote final : public LocalRemote {
   public:
-    PullRemote(EngineContext& context, Reactor& reactor, CopyPool& pool, PullMemory& memory,
+    PullRemote(EngineContext& context, net::Reactor& reactor, CopyPool& pool, PullMemory& memory,
                Peer peer, EventFd completion, std::vector<UniqueFd> fds)
         : LocalRemote(context, reactor, pool, std::move(peer)),
           memory_(memory),
@@ -48,12 +48,14 @@ class PullRemote final : public LocalRemote {
 
     void start() override {
         LocalRemote::start();
-        completion_watch_ = reactor_.watch(completion_.get(), EPOLLIN, [weak = weak_from_this()] {
+        const auto on_completion = [weak = weak_from_this()](std::uint32_t) {
             if (const auto self = std::static_pointer_cast<PullRemote>(weak.lock())) {
                 self->completion_.drain();
                 self->reap();
             }
-        });
+            return false;
+        };
+        completion_watch_ = reactor_.watch(completion_.get(), EPOLLIN, on_completion);
     }
 
     void post(std::shared_ptr<Operation> operation) override {
@@ -216,7 +218,7 @@ class PullRemote final : public LocalRemote {
 
 }  // namespace
 
-std::shared_ptr<LocalRemote> make_pull_remote(EngineContext& context, Reactor& reactor,
+std::shared_ptr<LocalRemote> make_pull_remote(EngineContext& context, net::Reactor& reactor,
                                               CopyPool& pool, PullMemory& memory, Peer peer,
                                               EventFd completion, std::vector<UniqueFd> fds) {
     return std::make_shared<PullRemote>(context, reactor, pool, memory, std::move(peer),

@@ -65,7 +65,7 @@ void complete(const Session& session, ChannelEntry& entry, const Failure* failur
 
 class PullTarget final : public LocalTarget {
   public:
-    PullTarget(EngineContext& context, Reactor& reactor, CopyPool& pool, PullMemory& memory,
+    PullTarget(EngineContext& context, net::Reactor& reactor, CopyPool& pool, PullMemory& memory,
                Descriptor descriptor, TargetSpec spec)
         : LocalTarget(context, reactor, std::move(descriptor), std::move(spec)),
           pool_(pool),
@@ -76,11 +76,13 @@ class PullTarget final : public LocalTarget {
     ~PullTarget() override { reactor_.unwatch(doorbell_watch_); }
 
     void start() {
-        doorbell_watch_ = reactor_.watch(doorbell_.get(), EPOLLIN, [weak = weak_from_this()] {
+        const auto on_doorbell = [weak = weak_from_this()](std::uint32_t) {
             if (const auto self = std::static_pointer_cast<PullTarget>(weak.lock())) {
                 self->on_doorbell();
             }
-        });
+            return false;
+        };
+        doorbell_watch_ = reactor_.watch(doorbell_.get(), EPOLLIN, on_doorbell);
     }
 
     [[nodiscard]] Board& board() noexcept override { return board_; }
@@ -312,7 +314,7 @@ void PullJob::finish() noexcept {
 
 }  // namespace
 
-std::shared_ptr<LocalTarget> make_pull_target(EngineContext& context, Reactor& reactor,
+std::shared_ptr<LocalTarget> make_pull_target(EngineContext& context, net::Reactor& reactor,
                                               CopyPool& pool, PullMemory& memory,
                                               Descriptor descriptor, TargetSpec spec) {
     auto target = std::make_shared<PullTarget>(context, reactor, pool, memory,

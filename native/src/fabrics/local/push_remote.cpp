@@ -8,12 +8,13 @@
 namespace weightsync::local {
 
 void LocalRemote::start() {
-    const auto on_gone = [weak = weak_from_this()] {
+    const auto on_gone = [weak = weak_from_this()](std::uint32_t) {
         if (const auto self = weak.lock()) {
             self->unwatch();
             self->is_peer_gone_.store(true);
             self->on_peer_gone();
         }
+        return false;
     };
     socket_watch_ = reactor_.watch(peer_.socket.get(), EPOLLRDHUP | EPOLLHUP | EPOLLERR, on_gone);
     pidfd_watch_ = reactor_.watch(peer_.pidfd.get(), EPOLLIN, on_gone);
@@ -50,7 +51,7 @@ constexpr std::uint64_t kInlineBytes = std::uint64_t{256} << 10;
 
 class PushRemote final : public LocalRemote {
   public:
-    PushRemote(EngineContext& context, Reactor& reactor, CopyPool& pool, Peer peer,
+    PushRemote(EngineContext& context, net::Reactor& reactor, CopyPool& pool, Peer peer,
                std::vector<UniqueFd> fds)
         : LocalRemote(context, reactor, pool, std::move(peer)) {
         constexpr std::size_t kOthers = 2;
@@ -238,7 +239,7 @@ void PushRemote::notify(std::span<const std::int32_t> immediates) {
 
 }  // namespace
 
-std::shared_ptr<LocalRemote> make_push_remote(EngineContext& context, Reactor& reactor,
+std::shared_ptr<LocalRemote> make_push_remote(EngineContext& context, net::Reactor& reactor,
                                               CopyPool& pool, Peer peer,
                                               std::vector<UniqueFd> fds) {
     return std::make_shared<PushRemote>(context, reactor, pool, std::move(peer), std::move(fds));

@@ -9,9 +9,9 @@
 #include <weightsync/copy.hpp>
 #include <weightsync/fabric.hpp>
 
+#include "../../net/reactor.hpp"
 #include "gate.hpp"
 #include "pull_memory.hpp"
-#include "reactor.hpp"
 #include "wire.hpp"
 
 namespace weightsync::local {
@@ -25,7 +25,7 @@ struct Peer {
 
 class LocalRemote : public RemotePort, public std::enable_shared_from_this<LocalRemote> {
   public:
-    LocalRemote(EngineContext& context, Reactor& reactor, CopyPool& pool, Peer peer)
+    LocalRemote(EngineContext& context, net::Reactor& reactor, CopyPool& pool, Peer peer)
         : context_(context), reactor_(reactor), pool_(pool), peer_(std::move(peer)) {}
 
     [[nodiscard]] const std::shared_ptr<RemoteInfo>& info() const noexcept final { return info_; }
@@ -41,23 +41,24 @@ class LocalRemote : public RemotePort, public std::enable_shared_from_this<Local
     void unwatch() noexcept;
 
     EngineContext& context_;
-    Reactor& reactor_;
+    net::Reactor& reactor_;
     CopyPool& pool_;
     Peer peer_;
     std::shared_ptr<RemoteInfo> info_ = std::make_shared<RemoteInfo>();
     std::atomic<bool> is_peer_gone_{false};
 
   private:
-    std::uint64_t socket_watch_ = 0;
-    std::uint64_t pidfd_watch_ = 0;
+    // Atomic: the peer may go before start() has both.
+    std::atomic<std::uint64_t> socket_watch_{0};
+    std::atomic<std::uint64_t> pidfd_watch_{0};
 };
 
 // `fds`: of the reply, in the order that wire.hpp gives.
 [[nodiscard]] std::shared_ptr<LocalRemote> make_push_remote(EngineContext& context,
-                                                            Reactor& reactor, CopyPool& pool,
+                                                            net::Reactor& reactor, CopyPool& pool,
                                                             Peer peer, std::vector<UniqueFd> fds);
 [[nodiscard]] std::shared_ptr<LocalRemote> make_pull_remote(EngineContext& context,
-                                                            Reactor& reactor, CopyPool& pool,
+                                                            net::Reactor& reactor, CopyPool& pool,
                                                             PullMemory& memory, Peer peer,
                                                             EventFd completion,
                                                             std::vector<UniqueFd> fds);

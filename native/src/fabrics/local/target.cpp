@@ -27,10 +27,11 @@ void LocalTarget::accept(UniqueFd& socket, const PeerId& peer, const Request& re
     session->socket = std::move(socket);
     session->id = next_session_++;
     sessions_.emplace(session->id, session);
-    const auto on_gone = [weak = weak_from_this(), id = session->id] {
+    const auto on_gone = [weak = weak_from_this(), id = session->id](std::uint32_t) {
         if (const auto self = std::static_pointer_cast<LocalTarget>(weak.lock())) {
             self->forget(id);
         }
+        return false;
     };
     session->socket_watch =
         reactor_.watch(session->socket.get(), EPOLLRDHUP | EPOLLHUP | EPOLLERR, on_gone);
@@ -76,7 +77,8 @@ namespace {
 
 class PushTarget final : public LocalTarget {
   public:
-    PushTarget(EngineContext& context, Reactor& reactor, Descriptor descriptor, TargetSpec spec)
+    PushTarget(EngineContext& context, net::Reactor& reactor, Descriptor descriptor,
+               TargetSpec spec)
         : LocalTarget(context, reactor, std::move(descriptor), std::move(spec)) {
         for (const ExportedRange& range : spec_.exported) {
             if (std::ranges::find(blocks_, range.block) == blocks_.end()) {
@@ -124,7 +126,7 @@ class PushTarget final : public LocalTarget {
 
 }  // namespace
 
-std::shared_ptr<LocalTarget> make_push_target(EngineContext& context, Reactor& reactor,
+std::shared_ptr<LocalTarget> make_push_target(EngineContext& context, net::Reactor& reactor,
                                               Descriptor descriptor, TargetSpec spec) {
     return std::make_shared<PushTarget>(context, reactor, std::move(descriptor), std::move(spec));
 }

@@ -10,9 +10,9 @@
 #include <weightsync/copy.hpp>
 #include <weightsync/fabric.hpp>
 
+#include "../../net/reactor.hpp"
 #include "gate.hpp"
 #include "pull_memory.hpp"
-#include "reactor.hpp"
 #include "wire.hpp"
 
 namespace weightsync::local {
@@ -46,7 +46,8 @@ struct Session : Counted<Kind::kSession> {
 
 class LocalTarget : public TargetPort, public std::enable_shared_from_this<LocalTarget> {
   public:
-    LocalTarget(EngineContext& context, Reactor& reactor, Descriptor descriptor, TargetSpec spec)
+    LocalTarget(EngineContext& context, net::Reactor& reactor, Descriptor descriptor,
+                TargetSpec spec)
         : context_(context),
           reactor_(reactor),
           descriptor_(std::move(descriptor)),
@@ -69,7 +70,7 @@ class LocalTarget : public TargetPort, public std::enable_shared_from_this<Local
     void drop_sessions() noexcept;
 
     EngineContext& context_;
-    Reactor& reactor_;
+    net::Reactor& reactor_;
     Descriptor descriptor_;
     TargetSpec spec_;
     std::mutex mutex_;  // sessions_, is_accepting_
@@ -84,11 +85,11 @@ class LocalTarget : public TargetPort, public std::enable_shared_from_this<Local
 
 // Sources write into sink-owned memfds and set the bits themselves.
 [[nodiscard]] std::shared_ptr<LocalTarget> make_push_target(EngineContext& context,
-                                                            Reactor& reactor, Descriptor descriptor,
-                                                            TargetSpec spec);
+                                                            net::Reactor& reactor,
+                                                            Descriptor descriptor, TargetSpec spec);
 // Memory is private to the sink: its threads read the sources' memory and set the bits.
 [[nodiscard]] std::shared_ptr<LocalTarget> make_pull_target(EngineContext& context,
-                                                            Reactor& reactor, CopyPool& pool,
+                                                            net::Reactor& reactor, CopyPool& pool,
                                                             PullMemory& memory,
                                                             Descriptor descriptor, TargetSpec spec);
 
