@@ -90,12 +90,12 @@ def build(kind: str) -> Path:
     return program
 
 
-@pytest.mark.timeout(600)  # the first run compiles
+@pytest.mark.timeout(scaled(600, 2400))  # the first run compiles
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_tests_are_clean(kind: str, tmp_path: Path) -> None:
     if not is_supported(kind, tmp_path):
         pytest.skip(f"this compiler cannot link -fsanitize={kind}")
     program = build(kind)
-    for _ in range(scaled(2, 50)):
+    for _ in range(scaled(2, 20)):
         output = run(program, TSAN_OPTIONS="halt_on_error=1", ASAN_OPTIONS="detect_leaks=1")
         assert output.splitlines()[-1].endswith("tests passed")
