@@ -180,6 +180,37 @@ TEST(leases_end_only_when_nothing_reads_them) {
     CHECK(owner.use_count() == 1);
 }
 
+TEST(no_lease_is_missed_by_a_new_registrar) {
+    LeaseTable table;
+    const auto registered = [](std::uint64_t by) {
+        return [by](std::uint64_t, std::uint64_t) { return std::make_shared<std::uint64_t>(by); };
+    };
+    const auto by_whom = [](const std::shared_ptr<LeaseState>& lease) {
+        return lease->registration ? *static_cast<std::uint64_t*>(lease->registration.get()) : 0;
+    };
+    // It comes while a lease is being made ...
+    table.set_registrar([&](std::uint64_t, std::uint64_t) -> std::shared_ptr<void> {
+        table.set_registrar(registered(2));
+        return std::make_shared<std::uint64_t>(1);
+    });
+    const auto made = table.add(4096, 64, nullptr);
+    CHECK(by_whom(made) == 2);
+    // ... or while one waits to be released, in vain.
+    table.set_registrar(nullptr);
+    const auto kept = table.add(8192, 64, nullptr);
+    const std::array<Write, 1> rows{{{8192, 0, 64, -1}}};
+    const std::vector<LeaseState*> pins = table.pin(rows);
+    const LeaseTable::Wait wait = [&](WakeWord&, const std::function<bool()>&, const Deadline&) {
+        table.set_registrar(registered(3));
+        return false;
+    };
+    CHECK(scope_of([&] { table.release(kept, Deadline::after(0), wait); }) == Scope::kTimeout);
+    CHECK(by_whom(kept) == 3);
+    table.unpin(pins);
+    CHECK(table.pin(rows).size() == 1);  // it lives on
+    table.unpin(pins);
+}
+
 TEST(cut_descriptors_never_read_past_their_end) {
     const auto bytes = test::pattern(40, 3);
     for (std::size_t length = 0; length < bytes.size(); ++length) {

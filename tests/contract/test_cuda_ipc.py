@@ -103,26 +103,33 @@ def test_bytes_reach_a_gpu_from_another_process(engine: Engine, source: str, nby
 @gpu_only
 @pytest.mark.gpu
 def test_memory_that_was_freed_and_allocated_again_is_opened_again(engine: Engine) -> None:
-    """An allocator that gives the same address twice means another allocation by it."""
+    """An allocator that gives the same address twice means another allocation by it, and what was
+    freed must not be open any more: the fake driver refuses both."""
     nbytes = 2 << 20
     gpu = the_gpu()
     address = gpu.allocate(nbytes)
     lease = engine.register(address, nbytes, None)
-    target = engine.export([(0, lease, 0, nbytes)], [1], 8, 1)
+    targets = [engine.export([(0, lease, 0, nbytes)], [1], 8, 1) for _ in range(2)]
+    places = []
     with Peer("cuda_ipc") as peer:
-        peer.call("connect", descriptor=target.descriptor.hex())
-        live = set()
+        for target in targets:  # each is a session of its own, and opens for itself
+            peer.call("connect", descriptor=target.descriptor.hex())
         for seed in range(6):
-            peer.call("load_device", nbytes=nbytes, seed=seed)
-            peer.call("transfer", table=[[0, 0, nbytes, 0]], timeout_s=WAIT_S)
-            target.wait([0], WAIT_S)
-            assert np.array_equal(gpu.read(address, nbytes), random_bytes(nbytes, seed=seed))
-            target.reset([0])
+            live = gpu.live() if is_faked() else 0
+            places.append(peer.call("load_device", nbytes=nbytes, seed=seed))
+            for number, target in enumerate(targets):
+                peer.call("use_remote", number=number)
+                peer.call("transfer", table=[[0, 0, nbytes, 0]], timeout_s=WAIT_S)
+                target.wait([0], WAIT_S)
+                assert np.array_equal(gpu.read(address, nbytes), random_bytes(nbytes, seed=seed))
+                target.reset([0])
             peer.call("unload_device")
-            if is_faked():
-                live.add(the_gpu().live())
-    assert len(live) <= 1  # what was freed is not kept open
-    target.close()
+            if is_faked() and seed > 0:  # the first round made the streams
+                assert gpu.live() == live
+    if is_faked():
+        assert len(set(places)) == 1
+    for target in targets:
+        target.close()
     lease.release()
     gpu.free(address)
 
@@ -141,6 +148,7 @@ def _device(gpu: Gpu, content: Bytes) -> int:
         ("cuMemcpyAsync", LAUNCH_FAILED, "CUDA error 719"),
         ("cuStreamSynchronize", LAUNCH_FAILED, "CUDA error 719"),
         ("cuStreamCreate", 2, "CUDA error 2"),
+        ("cuCtxPushCurrent", 2, "CUDA error 2"),
     ],
 )
 def test_an_error_of_the_sinks_driver_is_the_writers(
@@ -166,6 +174,37 @@ def test_an_error_of_the_sinks_driver_is_the_writers(
 
 
 @fake_only
+def test_rows_before_the_one_that_failed_count(engine: Engine) -> None:
+    gpu = the_gpu()
+    with Peer("cuda_ipc") as peer:
+        descriptor = peer.call("export", nbytes=4096, slots=[3], is_private=True)
+        address = _device(gpu, random_bytes(4096))
+        lease = engine.register(address, 4096, None)
+        remote = engine.connect(bytes.fromhex(descriptor), WAIT_S)
+        peer.call("fail_gpu", function="cuMemcpyAsync", result=LAUNCH_FAILED, skip=1)
+        # Apart, so that they are copies of their own.
+        table = rows(*[(address + i * 1024, i * 1024, 512, i) for i in range(3)])
+        with pytest.raises(MemoryRegistrationError, match="could not read write 1 "):
+            remote.post(table).wait(WAIT_S)
+        assert peer.call("missing", slot=0) == [1, 2]
+        remote.close()
+        lease.release()
+        gpu.free(address)
+
+
+@fake_only
+def test_what_has_no_bytes_needs_no_driver(engine: Engine) -> None:
+    with Peer("cuda_ipc") as peer:
+        descriptor = peer.call("export", nbytes=4096, slots=[2], is_private=True)
+        remote = engine.connect(bytes.fromhex(descriptor), WAIT_S)
+        for function in ("cuStreamCreate", "cuCtxPushCurrent", "cuStreamSynchronize"):
+            peer.call("fail_gpu", function=function, result=LAUNCH_FAILED)
+        remote.post(rows((0, 0, 0, 1), (0, 0, 0, -1))).wait(WAIT_S)
+        assert peer.call("missing", slot=0) == [0]
+        remote.close()
+
+
+@fake_only
 def test_memory_that_cannot_be_shared_is_refused_when_it_is_leased(engine: Engine) -> None:
     gpu = the_gpu()
     address = _device(gpu, random_bytes(4096))
@@ -180,7 +219,7 @@ def test_memory_that_cannot_be_shared_is_refused_when_it_is_leased(engine: Engin
         other = _device(gpu, random_bytes(64))
         with pytest.raises(MemoryRegistrationError, match=r"64 bytes of GPU 0.*cannot be shared"):
             engine.register(other, 64, None)
-        with pytest.raises(MemoryRegistrationError, match="leave their allocation"):
+        with pytest.raises(MemoryRegistrationError, match="not of one allocation"):
             engine.register(other + 32, 64, None)
         lease.release()
     gpu.free(other)

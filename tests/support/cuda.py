@@ -82,6 +82,7 @@ class Gpu:
     def write(self, address: int, array: Bytes) -> None:
         source = ctypes.c_void_p(int(array.__array_interface__["data"][0]))
         self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(array.size))
+        self._call("cuCtxSynchronize")  # from pageable memory it may return before all is there
 
     def read(self, address: int, nbytes: int) -> Bytes:
         array = np.empty(nbytes, np.uint8)

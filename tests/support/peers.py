@@ -123,6 +123,7 @@ class _Server:
         self.view: Bytes
         self.target: Target
         self.remote: Remote
+        self.remotes: list[Remote] = []
         self.payload: Bytes
         self.payload_address: int
         self.gpu: Gpu
@@ -151,27 +152,32 @@ class _Server:
 
     def connect(self, descriptor: str) -> None:
         self.remote = self.engine.connect(bytes.fromhex(descriptor), 10.0)
+        self.remotes.append(self.remote)
+
+    def use_remote(self, number: int) -> None:
+        self.remote = self.remotes[number]
 
     def load(self, nbytes: int, seed: int) -> None:
         self.payload = self.place(random_bytes(nbytes, seed))
         self.payload_address = address_of(self.payload)
         self.kept.append(self.engine.register(self.payload_address, nbytes, self.payload))
 
-    def load_device(self, nbytes: int, seed: int) -> None:
+    def load_device(self, nbytes: int, seed: int) -> int:
         """The payload in memory of a GPU, fake or not."""
         self.gpu = the_gpu()
         self.payload_address = self.gpu.allocate(nbytes)
         self.gpu.write(self.payload_address, random_bytes(nbytes, seed))
         self.kept.append(self.engine.register(self.payload_address, nbytes, None))
+        return self.payload_address
 
     def unload_device(self) -> None:
         lease: Any = self.kept.pop()
         lease.release()
         self.gpu.free(self.payload_address)
 
-    def fail_gpu(self, function: str, result: int) -> None:
-        """Let the next call of that function of the fake driver fail."""
-        the_gpu().fail(function, result)
+    def fail_gpu(self, function: str, result: int, skip: int = 0) -> None:
+        """Let one call of that function of the fake driver fail, after `skip` that do not."""
+        the_gpu().fail(function, result, skip)
 
     def missing(self, slot: int) -> list[int]:
         return list(self.target.missing(slot))

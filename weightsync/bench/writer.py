@@ -41,7 +41,7 @@ class _Writer:
         self._engine: Engine = open_fabric(str(options["fabric"]))
         self._words = make(nbytes)
         self._device: DeviceWords | None = None
-        self._device_copy: DeviceWords | None = None
+        self._device_copy: DeviceCopy | None = None
         if options["fabric"] == "cuda_ipc" and options["memory"] == "shared":
             self._device = DeviceWords(self._words, 0)
         self.address = address_of(self._words) if self._device is None else self._device.address
@@ -170,13 +170,14 @@ class _Writer:
     def _copy_on_device(self, source: DeviceWords, nbytes: int) -> Message:
         """The same bytes to memory of the reader's GPU, by one call of this process."""
         if self._device_copy is None:
-            self._device_copy = DeviceWords(np.zeros_like(self._words), device_count() - 1)
-        copy = DeviceCopy(self._device_copy, source)
-        seconds = copy.run(nbytes)
-        self._device_copy.download()
-        if not np.array_equal(self._device_copy.host[: nbytes // 8], self._words[: nbytes // 8]):
+            target = DeviceWords(np.zeros_like(self._words), device_count() - 1)
+            self._device_copy = DeviceCopy(target, source)
+        seconds = self._device_copy.run(nbytes)
+        copied = self._device_copy.target
+        copied.download()
+        if not np.array_equal(copied.host[: nbytes // 8], self._words[: nbytes // 8]):
             raise ConfigError("the plain copy is wrong")
-        return {"seconds": seconds, "name": copy.name}
+        return {"seconds": seconds, "name": self._device_copy.name}
 
     def open_sockets(self, port: int, sizes: list[int]) -> Message:
         """Connect plainly."""

@@ -67,10 +67,12 @@ class LeaseTable {
     void sort_entries();
 
     std::mutex mutex_;
+    // Those too that are about to be released, but for pins.
     std::unordered_map<LeaseState*, std::shared_ptr<LeaseState>> live_;
     std::vector<Entry> entries_;  // sorted by begin; rebuilt when stale
     bool is_stale_ = false;
     Registrar registrar_;
+    std::uint64_t num_registrars_ = 0;
     std::vector<std::shared_ptr<LeaseState>> abandoned_;
     WakeWord unpinned_;
 };

@@ -28,6 +28,9 @@ bool fill(Driver& driver, void* library) {
            look_up("cuCtxPopCurrent_v2", driver.ctx_pop_current) &&
            look_up("cuInit", driver.init) && look_up("cuDeviceGetCount", driver.device_get_count) &&
            look_up("cuGetErrorName", driver.get_error_name) &&
+           look_up("cuDeviceGetUuid_v2", driver.device_get_uuid) &&
+           look_up("cuThreadExchangeStreamCaptureMode",
+                   driver.thread_exchange_stream_capture_mode) &&
            look_up("cuDevicePrimaryCtxRetain", driver.device_primary_ctx_retain) &&
            look_up("cuDevicePrimaryCtxRelease_v2", driver.device_primary_ctx_release) &&
            look_up("cuMemGetAddressRange_v2", driver.mem_get_address_range) &&

@@ -22,13 +22,22 @@ inline constexpr int kDeviceWritesOrdering = 118;  // ..._GPU_DIRECT_RDMA_WRITES
 inline constexpr int kOrderedForOwner = 100;       // ..._WRITES_ORDERING_OWNER
 inline constexpr int kFlushCurrent = 0;            // ..._RDMA_WRITES_TARGET_CURRENT_CTX
 inline constexpr int kFlushToOwner = 100;          // ..._RDMA_WRITES_TO_OWNER
+inline constexpr int kCaptureRelaxed = 2;          // CU_STREAM_CAPTURE_MODE_RELAXED
 inline constexpr unsigned kStreamNonBlocking = 1;  // CU_STREAM_NON_BLOCKING
 inline constexpr unsigned kIpcLazyPeerAccess = 1;  // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 inline constexpr unsigned kHostPortable = 1;       // CU_MEMHOSTALLOC_PORTABLE
 
+inline constexpr int kInvalidValue = 1;             // CUDA_ERROR_INVALID_VALUE
+inline constexpr int kPeerAccessUnsupported = 217;  // CUDA_ERROR_PEER_ACCESS_UNSUPPORTED
+
 // CUipcMemHandle: names an allocation to the other processes of a host.
 struct IpcHandle {
     std::array<char, 64> reserved;
+};
+
+// CUuuid: of a device, the same in all processes.
+struct Uuid {
+    std::array<char, 16> bytes;
 };
 
 // Functions of libcuda.so.1, or of a test. Each returns 0 or a CUresult. Contexts and streams are
@@ -46,6 +55,8 @@ struct Driver {
     int (*init)(unsigned flags) = nullptr;
     int (*device_get_count)(int* count) = nullptr;
     int (*get_error_name)(int error, const char** name) = nullptr;
+    int (*device_get_uuid)(Uuid* uuid, int device) = nullptr;
+    int (*thread_exchange_stream_capture_mode)(int* mode) = nullptr;
     int (*device_primary_ctx_retain)(void** context, int device) = nullptr;
     int (*device_primary_ctx_release)(int device) = nullptr;
     int (*mem_get_address_range)(std::uint64_t* base, std::size_t* nbytes,

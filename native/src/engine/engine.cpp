@@ -36,6 +36,9 @@ Lease::~Lease() {
 }
 
 void Lease::release(const Deadline& deadline) {
+    if (context_.is_in_child()) {
+        throw_in_child();
+    }
     Fabric& fabric = *context_.fabric;
     context_.leases.release(
         state_, deadline,

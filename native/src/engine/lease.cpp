@@ -17,15 +17,17 @@ std::shared_ptr<LeaseState> LeaseTable::add(std::uint64_t address, std::uint64_t
     lease->address = address;
     lease->nbytes = nbytes;
     lease->owner = std::move(owner);
-    Registrar registrar;
-    {
-        const std::lock_guard lock(mutex_);
-        registrar = registrar_;
+    std::unique_lock lock(mutex_);
+    for (std::uint64_t seen = 0; seen != num_registrars_;) {
+        seen = num_registrars_;
+        const Registrar registrar = registrar_;
+        lock.unlock();  // it takes a while
+        lease->registration.reset();
+        if (registrar) {
+            lease->registration = registrar(address, nbytes);
+        }
+        lock.lock();
     }
-    if (registrar) {
-        lease->registration = registrar(address, nbytes);  // takes a while: without the lock
-    }
-    const std::lock_guard lock(mutex_);
     live_.emplace(lease.get(), lease);
     is_stale_ = true;
     return lease;
@@ -36,6 +38,7 @@ void LeaseTable::set_registrar(Registrar registrar) {
     {
         const std::lock_guard lock(mutex_);
         registrar_ = registrar;
+        ++num_registrars_;
         for (const auto& [state, lease] : live_) {
             leases.push_back(lease);
         }
@@ -46,7 +49,7 @@ void LeaseTable::set_registrar(Registrar registrar) {
     for (const auto& lease : leases) {
         std::shared_ptr<void> registration = registrar(lease->address, lease->nbytes);
         const std::lock_guard lock(mutex_);
-        if (!lease->is_released && !lease->registration) {
+        if (live_.contains(lease.get()) && !lease->registration) {
             lease->registration = std::move(registration);
         }
     }
@@ -66,7 +69,6 @@ void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadlin
                         "memory is exported by an open target; close or fence the target first");
         }
         lease->is_released = true;  // no new pins from here on
-        live_.erase(lease.get());
         is_stale_ = true;
     }
     bool is_idle = false;
@@ -75,14 +77,12 @@ void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadlin
     } catch (...) {  // interrupted: as if never asked
         const std::lock_guard lock(mutex_);
         lease->is_released = false;
-        live_.emplace(lease.get(), lease);
         is_stale_ = true;
         throw;
     }
     const std::lock_guard lock(mutex_);
     if (!is_idle) {
         lease->is_released = false;
-        live_.emplace(lease.get(), lease);
         is_stale_ = true;
         throw Error(Scope::kTimeout,
                     "memory at " + std::to_string(lease->address) + " (" +
@@ -91,6 +91,7 @@ void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadlin
                         " operation(s); wait for them, or close the engine if their peer is gone",
                     {{"address", static_cast<std::int64_t>(lease->address)}});
     }
+    live_.erase(lease.get());
     owner = std::move(lease->owner);
     registration = std::move(lease->registration);
 }
@@ -201,7 +202,9 @@ void LeaseTable::sort_entries() {
     entries_.clear();
     entries_.reserve(live_.size());
     for (const auto& [lease, owner] : live_) {
-        entries_.push_back({lease->address, lease->address + lease->nbytes, 0, lease});
+        if (!lease->is_released) {
+            entries_.push_back({lease->address, lease->address + lease->nbytes, 0, lease});
+        }
     }
     std::ranges::sort(entries_, [](const Entry& a, const Entry& b) {
         return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;

@@ -231,6 +231,9 @@ void Target::flush() {
 }
 
 void Target::fence(bool discard) {
+    if (context_.is_in_child()) {
+        throw Error(Scope::kConfig, "fence: this target was opened before the process forked");
+    }
     const std::lock_guard lock(mutex_);
     if (state_.load() == kFenced) {
         return;
@@ -245,15 +248,15 @@ void Target::fence(bool discard) {
 }
 
 void Target::close() noexcept {
+    if (context_.is_in_child()) {
+        state_.store(kClosed);
+        return;
+    }
     const std::lock_guard lock(mutex_);
     if (state_.load() == kClosed) {
         return;
     }
     const bool was_open = state_.load() == kOpen;
-    if (context_.is_in_child()) {
-        state_.store(kClosed);
-        return;
-    }
     if (was_open) {
         final_counts_ = counters();
     }

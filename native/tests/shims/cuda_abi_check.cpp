@@ -41,6 +41,10 @@ struct Passed<CUipcMemHandle*> {
     using type = IpcHandle*;
 };
 template <>
+struct Passed<CUuuid*> {
+    using type = Uuid*;
+};
+template <>
 struct Passed<const char*> {
     using type = const char*;
 };
@@ -57,6 +61,7 @@ constexpr bool fits(Member Driver::* /*member*/, Function* /*function*/) {
 
 static_assert(sizeof(CUipcMemHandle) == sizeof(IpcHandle) &&
               alignof(CUipcMemHandle) == alignof(IpcHandle));
+static_assert(sizeof(CUuuid) == sizeof(Uuid) && alignof(CUuuid) == alignof(Uuid));
 static_assert(sizeof(CUdeviceptr) == sizeof(std::uint64_t) && std::is_integral_v<CUdeviceptr>);
 static_assert(std::is_same_v<CUdevice, int>);
 
@@ -70,6 +75,9 @@ static_assert(fits(&Driver::flush_gpu_direct_rdma_writes, &cuFlushGPUDirectRDMAW
 static_assert(fits(&Driver::init, &cuInit));
 static_assert(fits(&Driver::device_get_count, &cuDeviceGetCount));
 static_assert(fits(&Driver::get_error_name, &cuGetErrorName));
+static_assert(fits(&Driver::device_get_uuid, &cuDeviceGetUuid_v2));
+static_assert(fits(&Driver::thread_exchange_stream_capture_mode,
+                   &cuThreadExchangeStreamCaptureMode));
 static_assert(fits(&Driver::device_primary_ctx_retain, &cuDevicePrimaryCtxRetain));
 static_assert(fits(&Driver::device_primary_ctx_release, &cuDevicePrimaryCtxRelease_v2));
 static_assert(fits(&Driver::mem_get_address_range, &cuMemGetAddressRange_v2));
@@ -94,6 +102,9 @@ static_assert(kDeviceWritesOrdering == CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITE
 static_assert(kOrderedForOwner == CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER);
 static_assert(kFlushCurrent == CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX);
 static_assert(kFlushToOwner == CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER);
+static_assert(kInvalidValue == CUDA_ERROR_INVALID_VALUE);
+static_assert(kPeerAccessUnsupported == CUDA_ERROR_PEER_ACCESS_UNSUPPORTED);
+static_assert(kCaptureRelaxed == CU_STREAM_CAPTURE_MODE_RELAXED);
 static_assert(kStreamNonBlocking == CU_STREAM_NON_BLOCKING);
 static_assert(kIpcLazyPeerAccess == CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
 static_assert(kHostPortable == CU_MEMHOSTALLOC_PORTABLE);

@@ -1,6 +1,8 @@
 // libcuda.so.1 for machines without a GPU: one device whose memory is a memfd behind addresses that
 // no processor may touch, so that whoever treats them as memory of the host crashes as with a GPU.
-// Copies happen when their stream is waited for, and not before. Signatures are the toolkit's.
+// Copies happen when their stream is waited for, and not before. Addresses that were freed come
+// again at once; opening what lies where something stale is open, and freeing what another process
+// has open, are errors. Signatures are the toolkit's.
 //
 //   fake_cuda_alias(address)            where the bytes of device memory are, for tests
 //   fake_cuda_fail(name, result, skip)  the function fails once, after `skip` calls that do not
@@ -10,6 +12,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -25,19 +31,48 @@ namespace {
 struct Handle {
     int pid;
     int fd;
+    std::uint64_t base;
     std::uint64_t id;
     std::uint64_t nbytes;
+};
+
+// The last page of a memfd: the processes that have it open. One that was killed has nothing open.
+struct Shared {
+    std::array<std::atomic<int>, 64> pids;
+
+    void add(int pid) {
+        for (auto& entry : pids) {
+            int none = 0;
+            if (entry.compare_exchange_strong(none, pid)) {
+                return;
+            }
+        }
+    }
+    void remove(int pid) {
+        for (auto& entry : pids) {
+            int expected = pid;
+            if (entry.compare_exchange_strong(expected, 0)) {
+                return;
+            }
+        }
+    }
+    bool is_open() const {
+        return std::any_of(pids.begin(), pids.end(), [](const std::atomic<int>& pid) {
+            return pid.load() != 0 && ::kill(pid.load(), 0) == 0;
+        });
+    }
 };
 static_assert(sizeof(Handle) <= sizeof(CUipcMemHandle));
 
 struct Allocation {
     std::uint64_t nbytes = 0;
     std::uint64_t mapped = 0;  // whole pages
+    Shared* shared = nullptr;
     std::uint64_t id = 0;
     int fd = -1;
     char* alias = nullptr;
-    std::pair<int, std::uint64_t> origin;  // of an import: process and id there
-    int num_opens = 0;                     // of an import
+    Handle origin{};    // of an import
+    int num_opens = 0;  // of an import
 };
 
 struct Copy {
@@ -89,25 +124,40 @@ std::map<std::uint64_t, Allocation>::iterator find(std::uint64_t address) {
     return address - found->first < found->second.nbytes ? found : allocations.end();
 }
 
+constexpr std::uint64_t kPage = 4096;
+
+// Freed addresses, by mapped size: the next allocation of that size gets the same, as with a GPU.
+std::multimap<std::uint64_t, std::uint64_t> free_addresses;
+
 CUresult map_memory(int fd, std::uint64_t nbytes, Allocation& made, std::uint64_t& address) {
-    made.mapped = (nbytes + 4095) / 4096 * 4096;
-    void* const alias = ::mmap(nullptr, made.mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    // A page more on either side, or neighbours would be one run of addresses.
-    void* const device = ::mmap(nullptr, made.mapped + 8192, PROT_NONE,
-                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (alias == MAP_FAILED || device == MAP_FAILED) {
+    made.mapped = (nbytes + kPage - 1) / kPage * kPage;
+    void* const alias =
+        ::mmap(nullptr, made.mapped + kPage, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (alias == MAP_FAILED) {
         return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    if (const auto freed = free_addresses.find(made.mapped); freed != free_addresses.end()) {
+        address = freed->second;
+        free_addresses.erase(freed);
+    } else {
+        // A page more on either side, or neighbours would be one run of addresses.
+        void* const device = ::mmap(nullptr, made.mapped + 2 * kPage, PROT_NONE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (device == MAP_FAILED) {
+            return CUDA_ERROR_OUT_OF_MEMORY;
+        }
+        address = reinterpret_cast<std::uint64_t>(device) + kPage;
     }
     made.nbytes = nbytes;
     made.fd = fd;
     made.alias = static_cast<char*>(alias);
-    address = reinterpret_cast<std::uint64_t>(device) + 4096;
+    made.shared = reinterpret_cast<Shared*>(made.alias + made.mapped);
     return CUDA_SUCCESS;
 }
 
 void unmap(std::map<std::uint64_t, Allocation>::iterator found) {
-    ::munmap(found->second.alias, found->second.mapped);
-    ::munmap(reinterpret_cast<void*>(found->first - 4096), found->second.mapped + 8192);
+    ::munmap(found->second.alias, found->second.mapped + kPage);
+    free_addresses.emplace(found->second.mapped, found->first);
     ::close(found->second.fd);
     allocations.erase(found);
 }
@@ -164,11 +214,18 @@ CUresult cuGetErrorName(CUresult error, const char** name) {
                                                         : "CUDA_ERROR_OF_THE_FAKE";
     return CUDA_SUCCESS;
 }
+CUresult cuDeviceGetUuid_v2(CUuuid* uuid, CUdevice device) {
+    std::memset(uuid, 0xab, sizeof(*uuid));
+    return device == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+}
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute /*attribute*/, CUdevice /*device*/) {
     *value = 0;
     return CUDA_SUCCESS;
 }
 CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+    if (const CUresult result = begin("cuPointerGetAttribute", false); result != CUDA_SUCCESS) {
+        return result;
+    }
     const std::lock_guard lock(mutex);
     const auto found = find(pointer);
     if (found == allocations.end()) {
@@ -209,7 +266,22 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice /*device*/) {
     return CUDA_SUCCESS;
 }
 CUresult cuCtxPushCurrent_v2(CUcontext context) {
-    current.push_back(context);
+    const CUresult result = begin("cuCtxPushCurrent", false);
+    if (result == CUDA_SUCCESS) {
+        current.push_back(context);
+    }
+    return result;
+}
+CUresult cuCtxSetCurrent(CUcontext context) {
+    current.assign(1, context);
+    return CUDA_SUCCESS;
+}
+CUresult cuCtxSynchronize() {
+    return begin("cuCtxSynchronize", true);
+}
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+    thread_local CUstreamCaptureMode of_thread = CU_STREAM_CAPTURE_MODE_GLOBAL;
+    std::swap(*mode, of_thread);
     return CUDA_SUCCESS;
 }
 CUresult cuCtxPopCurrent_v2(CUcontext* context) {
@@ -226,7 +298,8 @@ CUresult cuMemAlloc_v2(CUdeviceptr* pointer, std::size_t nbytes) {
         return result;
     }
     const int fd = ::memfd_create("fake-cuda", MFD_CLOEXEC);
-    if (fd < 0 || nbytes == 0 || ::ftruncate(fd, static_cast<off_t>(nbytes)) != 0) {
+    const std::uint64_t file_bytes = (nbytes + kPage - 1) / kPage * kPage + kPage;
+    if (fd < 0 || nbytes == 0 || ::ftruncate(fd, static_cast<off_t>(file_bytes)) != 0) {
         return CUDA_ERROR_INVALID_VALUE;
     }
     Allocation made;
@@ -245,6 +318,9 @@ CUresult cuMemFree_v2(CUdeviceptr pointer) {
     const auto found = allocations.find(pointer);
     if (found == allocations.end() || found->second.num_opens != 0) {
         return CUDA_ERROR_INVALID_VALUE;
+    }
+    if (found->second.shared->is_open()) {
+        return CUDA_ERROR_UNKNOWN;  // with a GPU: undefined
     }
     unmap(found);
     return CUDA_SUCCESS;
@@ -283,7 +359,8 @@ CUresult cuIpcGetMemHandle(CUipcMemHandle* handle, CUdeviceptr pointer) {
     if (found == allocations.end() || found->second.num_opens != 0) {
         return CUDA_ERROR_INVALID_VALUE;
     }
-    const Handle named{::getpid(), found->second.fd, found->second.id, found->second.nbytes};
+    const Handle named{::getpid(), found->second.fd, found->first, found->second.id,
+                       found->second.nbytes};
     std::memset(handle, 0, sizeof(*handle));
     std::memcpy(handle, &named, sizeof(named));
     return CUDA_SUCCESS;
@@ -299,10 +376,17 @@ CUresult cuIpcOpenMemHandle_v2(CUdeviceptr* pointer, CUipcMemHandle handle, unsi
     }
     const std::lock_guard lock(mutex);
     for (auto& [address, allocation] : allocations) {
-        if (allocation.num_opens != 0 && allocation.origin == std::pair(named.pid, named.id)) {
+        if (allocation.num_opens == 0 || allocation.origin.pid != named.pid) {
+            continue;
+        }
+        if (allocation.origin.id == named.id) {
             ++allocation.num_opens;
             *pointer = address;
             return CUDA_SUCCESS;
+        }
+        if (allocation.origin.base < named.base + named.nbytes &&
+            named.base < allocation.origin.base + allocation.nbytes) {
+            return CUDA_ERROR_ALREADY_MAPPED;  // what was there before is open still
         }
     }
     const std::string path =
@@ -316,8 +400,9 @@ CUresult cuIpcOpenMemHandle_v2(CUdeviceptr* pointer, CUipcMemHandle handle, unsi
     const CUresult result = map_memory(fd, named.nbytes, made, address);
     if (result == CUDA_SUCCESS) {
         made.id = next_id++;
-        made.origin = {named.pid, named.id};
+        made.origin = named;
         made.num_opens = 1;
+        made.shared->add(::getpid());
         allocations.emplace(address, made);
         *pointer = address;
     }
@@ -333,6 +418,7 @@ CUresult cuIpcCloseMemHandle(CUdeviceptr pointer) {
         return CUDA_ERROR_INVALID_VALUE;
     }
     if (--found->second.num_opens == 0) {
+        found->second.shared->remove(::getpid());
         unmap(found);
     }
     return CUDA_SUCCESS;

@@ -10,30 +10,37 @@ namespace {
 class GpuMemory final : public local::PullMemory {
   public:
     explicit GpuMemory(const cuda::Driver& driver)
-        : driver_(driver), exports_(std::make_shared<cuda_ipc::Exports>(driver)) {}
+        : driver_(driver),
+          exports_(std::make_shared<cuda_ipc::Exports>(driver)),
+          imports_(std::make_shared<cuda_ipc::ImportTable>()) {}
 
     // A source's processor cannot copy from its GPU's memory.
     [[nodiscard]] bool can_push() const noexcept override { return false; }
     void follow(LeaseTable& leases) override { exports_->follow(leases); }
     void unfollow(LeaseTable& leases) noexcept override { leases.set_registrar(nullptr); }
+    void add(std::weak_ptr<local::Announcer> announcer) override {
+        exports_->add(std::move(announcer));
+    }
     [[nodiscard]] std::shared_ptr<const local::Notes> notes() const override {
         return exports_->notes();
     }
     [[nodiscard]] std::shared_ptr<local::SinkMemory> sink_memory(const TargetSpec& spec) override {
-        return std::make_shared<cuda_ipc::GpuSinkMemory>(driver_, spec);
+        return std::make_shared<cuda_ipc::GpuSinkMemory>(driver_, imports_, spec);
     }
     [[nodiscard]] std::string error_text(int error) const override {
         if (error >= 0) {
             return local::host_error_text(error);
         }
+        const bool is_of_peers = -error == cuda::kPeerAccessUnsupported;
         return cuda::result_text(driver_, -error) +
-               "; can both GPUs reach each other (nvidia-smi topo -p2p r), and do both processes "
-               "share one IPC namespace?";
+               (is_of_peers ? "; the two GPUs cannot reach each other: nvidia-smi topo -p2p r"
+                            : "");
     }
 
   private:
     const cuda::Driver& driver_;
     std::shared_ptr<cuda_ipc::Exports> exports_;
+    std::shared_ptr<cuda_ipc::ImportTable> imports_;
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "exports.hpp"
 
+#include <chrono>
 #include <cstring>
 
 #include "context.hpp"
@@ -12,7 +13,7 @@ void Exports::follow(LeaseTable& leases) {
         return;
     }
     leases.set_registrar([self = shared_from_this()](std::uint64_t address, std::uint64_t nbytes) {
-        return self->add(address, nbytes);
+        return self->enroll(address, nbytes);
     });
     is_following_ = true;
 }
@@ -22,21 +23,23 @@ std::shared_ptr<const local::Notes> Exports::notes() const {
     return notes_;
 }
 
-std::shared_ptr<void> Exports::add(std::uint64_t address, std::uint64_t nbytes) {
+void Exports::add(std::weak_ptr<local::Announcer> announcer) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(announcers_, [](const auto& known) { return known.expired(); });
+    announcers_.push_back(std::move(announcer));
+}
+
+std::shared_ptr<void> Exports::enroll(std::uint64_t address, std::uint64_t nbytes) {
     if (!cuda::is_gpu_memory(driver_, address)) {
         return nullptr;
     }
-    const Extent extent = extent_of(driver_, address);
-    const std::string text = std::to_string(nbytes) + " bytes of GPU " +
-                             std::to_string(extent.device) + " at address " +
-                             std::to_string(address);
-    const std::uint64_t offset = address - extent.base;
-    if (offset > extent.nbytes || nbytes > extent.nbytes - offset) {
-        throw Error(Scope::kMemory, text + " leave their allocation; lease each one by itself");
-    }
-    Allocation allocation{extent.base, extent.nbytes, 0, {}};
-    const Context context(driver_, extent.device);
-    const Current current(context);
+    const Extent extent = extent_of(driver_, address, nbytes);
+    Allocation allocation;
+    allocation.base = extent.base;
+    allocation.nbytes = extent.nbytes;
+    check(driver_, driver_.device_get_uuid(&allocation.device, extent.device), "cuDeviceGetUuid");
+    const auto context = Context::retain(driver_, extent.device);
+    const Current current(*context);
     check(driver_, current.result(), "cuCtxPushCurrent");
     check(driver_,
           driver_.pointer_get_attribute(&allocation.id, cuda::kPointerBufferId, extent.base),
@@ -44,7 +47,9 @@ std::shared_ptr<void> Exports::add(std::uint64_t address, std::uint64_t nbytes) 
     if (const int result = driver_.ipc_get_mem_handle(&allocation.handle, extent.base);
         result != 0) {
         throw Error(Scope::kMemory,
-                    text + " cannot be shared with other processes: cuIpcGetMemHandle: " +
+                    std::to_string(nbytes) + " bytes of GPU " + std::to_string(extent.device) +
+                        " at address " + std::to_string(address) +
+                        " cannot be shared with other processes: cuIpcGetMemHandle: " +
                         cuda::result_text(driver_, result) +
                         "; memory of cudaMalloc can, torch's expandable segments cannot: set "
                         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False");
@@ -64,11 +69,29 @@ std::shared_ptr<void> Exports::add(std::uint64_t address, std::uint64_t nbytes) 
 }
 
 void Exports::remove(std::uint64_t base) noexcept {
-    const std::lock_guard lock(mutex_);
-    const auto found = entries_.find(base);
-    if (found != entries_.end() && --found->second.num_leases == 0) {
+    {
+        const std::lock_guard lock(mutex_);
+        const auto found = entries_.find(base);
+        if (found == entries_.end() || --found->second.num_leases != 0) {
+            return;
+        }
         entries_.erase(found);
         publish();
+    }
+    announce();
+}
+
+void Exports::announce() noexcept {
+    std::vector<std::weak_ptr<local::Announcer>> announcers;
+    {
+        const std::lock_guard lock(mutex_);
+        announcers = announcers_;
+    }
+    const auto end = std::chrono::steady_clock::now() + local::kPatience;
+    for (const auto& known : announcers) {
+        if (const auto announcer = known.lock()) {
+            announcer->announce(end);
+        }
     }
 }
 

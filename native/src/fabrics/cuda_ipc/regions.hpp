@@ -19,7 +19,8 @@ struct Region {
 struct Place {
     bool is_gpu = false;
     std::uint64_t address = 0;  // for this process; of the host's memory: as it was asked for
-    std::uint64_t nbytes = 0;   // as long it goes on like that
+    std::uint64_t nbytes = 0;   // as long it goes on like that; 0 at the end of all addresses
+    std::size_t region = 0;     // of a GPU: its number in the order of addresses
 };
 
 // Sorted and disjoint.
@@ -49,7 +50,8 @@ class Regions {
             const Region& region = *std::prev(next);
             const std::uint64_t offset = address - region.begin;
             if (offset < region.nbytes) {
-                return {true, region.address + offset, region.nbytes - offset};
+                return {true, region.address + offset, region.nbytes - offset,
+                        static_cast<std::size_t>(std::prev(next) - regions_.begin())};
             }
         }
         const std::uint64_t end =

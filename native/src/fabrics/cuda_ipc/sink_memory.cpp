@@ -22,45 +22,17 @@ int to_error(int result) noexcept {
 
 }  // namespace
 
-Import::Import(std::shared_ptr<const Context> context, const Allocation& allocation, bool is_own,
-               int& result) noexcept
-    : context_(std::move(context)), allocation_(allocation), address_(allocation.base) {
-    const cuda::Driver& driver = context_->driver();
-    const Current current(*context_);
-    result = current.result();
-    if (result == 0 && !is_own) {
-        result = driver.ipc_open_mem_handle(&address_, allocation.handle, cuda::kIpcLazyPeerAccess);
-        is_open_ = result == 0;
-    }
-    // The peer says how long it is; the driver knows.
-    std::uint64_t base = 0;
-    std::size_t nbytes = 0;
-    if (result == 0) {
-        result = driver.mem_get_address_range(&base, &nbytes, address_);
-    }
-    if (result == 0 && (base != address_ || nbytes < allocation.nbytes)) {
-        constexpr int kInvalidValue = 1;
-        result = kInvalidValue;
-    }
-}
-
-Import::~Import() {
-    if (is_open_) {
-        const Current current(*context_);
-        context_->driver().ipc_close_mem_handle(address_);
-    }
-}
-
-GpuSinkMemory::GpuSinkMemory(const cuda::Driver& driver, const TargetSpec& spec) : driver_(driver) {
+GpuSinkMemory::GpuSinkMemory(const cuda::Driver& driver, std::shared_ptr<ImportTable> table,
+                             const TargetSpec& spec)
+    : driver_(driver), table_(std::move(table)) {
     std::vector<Region> regions;
-    int device = 0;  // of a target that lies on the host: any GPU can copy there
     for (const ExportedRange& range : spec.exported) {
         if (range.nbytes == 0 || !cuda::is_gpu_memory(driver, range.address)) {
             continue;
         }
-        const Extent extent = extent_of(driver, range.address);
-        if (regions.empty()) {
-            device = extent.device;
+        const Extent extent = extent_of(driver, range.address, range.nbytes);
+        if (!context_) {
+            context_ = Context::retain(driver, extent.device);
         }
         if (std::ranges::find(regions, extent.base, &Region::begin) == regions.end()) {
             regions.push_back({extent.base, extent.nbytes, extent.base});
@@ -69,10 +41,12 @@ GpuSinkMemory::GpuSinkMemory(const cuda::Driver& driver, const TargetSpec& spec)
     if (!gpu_.assign(std::move(regions))) {
         throw Error(Scope::kInternal, "allocations of a GPU overlap");
     }
-    context_ = std::make_shared<const Context>(driver, device);
 }
 
 GpuSinkMemory::~GpuSinkMemory() {
+    if (!context_) {
+        return;
+    }
     const Current current(*context_);
     for (const Lane& lane : idle_) {
         driver_.stream_destroy(lane.stream);
@@ -82,44 +56,83 @@ GpuSinkMemory::~GpuSinkMemory() {
     }
 }
 
-std::uint64_t GpuSinkMemory::unit_bytes() const noexcept {
-    // A copy inside a GPU is over in less time than it takes to hear of it: 64 MiB are 30 us there,
-    // 1.3 ms at the 50 GB/s of a PCIe 5 slot.
-    return std::uint64_t{64} << 20;
+std::uint64_t GpuSinkMemory::unit_bytes(const local::Imports* imports) const noexcept {
+    const auto* gpu = static_cast<const GpuImports*>(imports);
+    const bool is_between_gpus = !gpu_.empty() && gpu != nullptr && !gpu->regions.empty();
+    // Inside a GPU a copy of 64 MiB takes 30 us, as long as it takes to start it and to hear of
+    // it; over the 50 GB/s of a PCIe 5 slot 1.3 ms. A host copies 5 to 10 GB/s.
+    return std::uint64_t{is_between_gpus ? 64U : 4U} << 20;
+}
+
+std::shared_ptr<const Context> GpuSinkMemory::context_for(const Allocation& allocation,
+                                                          int& result) {
+    const std::lock_guard lock(mutex_);
+    if (context_) {
+        return context_;
+    }
+    int count = 0;
+    int device = 0;  // if the source's is not visible here
+    result = driver_.device_get_count(&count);
+    for (int i = 0; i < count; ++i) {
+        cuda::Uuid uuid{};
+        if (driver_.device_get_uuid(&uuid, i) == 0 && uuid.bytes == allocation.device.bytes) {
+            device = i;
+        }
+    }
+    context_ = Context::try_retain(driver_, device, result);
+    return context_;
 }
 
 local::SinkMemory::Opened GpuSinkMemory::open(const local::PeerId& peer,
                                               std::span<const std::byte> notes,
                                               const std::shared_ptr<const local::Imports>& before) {
-    if (notes.size() % sizeof(Allocation) != 0) {
+    std::vector<Allocation> named(notes.size() / sizeof(Allocation));
+    if (notes.size() != named.size() * sizeof(Allocation)) {
+        return {nullptr, EINVAL};
+    }
+    if (!named.empty()) {
+        std::memcpy(named.data(), notes.data(), notes.size());
+    }
+    std::ranges::sort(named, {}, &Allocation::base);
+    std::vector<Region> regions;
+    for (const Allocation& allocation : named) {
+        regions.push_back({allocation.base, allocation.nbytes, 0});
+    }
+    auto opened = std::make_shared<GpuImports>();
+    if (!opened->regions.assign(regions)) {
         return {nullptr, EINVAL};
     }
     const auto* known = static_cast<const GpuImports*>(before.get());
-    auto opened = std::make_shared<GpuImports>();
-    std::vector<Region> regions;
-    for (std::size_t at = 0; at < notes.size(); at += sizeof(Allocation)) {
-        Allocation allocation;
-        std::memcpy(&allocation, notes.data() + at, sizeof(allocation));
-        std::shared_ptr<const Import> import;
-        if (known != nullptr) {
-            const auto found =
-                std::ranges::lower_bound(known->all, allocation.base, {}, &Import::base);
-            if (found != known->all.end() && (*found)->is_of(allocation)) {
-                import = *found;
-            }
+    opened->all.resize(named.size());
+    // What is gone goes first: the source may be about to free it, and what is new may lie there.
+    for (std::size_t i = 0; known != nullptr && i < known->all.size(); ++i) {
+        const auto& import = known->all[i];
+        const auto same =
+            std::ranges::lower_bound(named, import->allocation().base, {}, &Allocation::base);
+        if (same != named.end() && import->is_of(*same) && import->is_open()) {
+            opened->all[static_cast<std::size_t>(same - named.begin())] = import;
+        } else {
+            import->close();
         }
+    }
+    for (std::size_t i = 0; i < named.size(); ++i) {
+        std::shared_ptr<Import>& import = opened->all[i];
         if (!import) {
+            table_->close_stale(peer.pid, named[i]);
             int result = 0;
-            import = std::make_shared<const Import>(context_, allocation, peer.pid == ::getpid(),
-                                                    result);
+            auto context = context_for(named[i], result);
+            if (context) {
+                import =
+                    std::make_shared<Import>(std::move(context), named[i], peer.pid == ::getpid());
+                result = import->open();
+            }
             if (result != 0) {
                 return {nullptr, to_error(result)};
             }
+            table_->add(peer.pid, import);
         }
-        regions.push_back(import->region());
-        opened->all.push_back(std::move(import));
+        regions[i].address = import->address();
     }
-    std::ranges::sort(opened->all, {}, &Import::base);
     if (!opened->regions.assign(std::move(regions))) {
         return {nullptr, EINVAL};
     }
@@ -128,55 +141,69 @@ local::SinkMemory::Opened GpuSinkMemory::open(const local::PeerId& peer,
 
 Pulled GpuSinkMemory::pull(const local::PeerId& peer, const local::Imports* imports,
                            std::span<const Span> spans) noexcept {
-    static const Regions kNone;
-    const Regions& sources =
-        imports == nullptr ? kNone : static_cast<const GpuImports*>(imports)->regions;
-    if (sources.empty() && gpu_.empty()) {
+    const auto* gpu = static_cast<const GpuImports*>(imports);
+    if (gpu_.empty() && (gpu == nullptr || gpu->regions.empty())) {
         return local::pull_from_host(peer.pid, spans);
     }
+    // Set before there was anything to import, or memory of a GPU.
     const Current current(*context_);
-    Lane lane;
+    Reading reading{peer, gpu, {}, {}};
+    if (gpu != nullptr) {
+        reading.uses.resize(gpu->all.size());
+    }
     int error = to_error(current.result());
     if (error == 0) {
-        error = to_error(take_lane(lane));
+        error = to_error(take_lane(reading.lane));
     }
     std::size_t num_spans = 0;
     while (error == 0 && num_spans < spans.size()) {
         Span left = spans[num_spans];
         while (error == 0 && left.nbytes != 0) {
-            const std::uint64_t nbytes = copy(lane, peer, sources, left, error);
-            left = {left.to + nbytes, left.from + nbytes, left.nbytes - nbytes};
+            error = copy(reading, left);
         }
         num_spans += error == 0 ? 1 : 0;
     }
-    if (lane.stream != nullptr) {
+    if (reading.lane.stream != nullptr) {
         // Also after an error: nothing may be written once this returns.
-        if (const int result = driver_.stream_synchronize(lane.stream); result != 0) {
+        if (const int result = driver_.stream_synchronize(reading.lane.stream); result != 0) {
             num_spans = 0;
             error = to_error(result);
         }
-        give_back(lane);
+        give_back(reading.lane);
     }
     return {num_spans, 0, error};
 }
 
-std::uint64_t GpuSinkMemory::copy(Lane& lane, const local::PeerId& peer, const Regions& sources,
-                                  const Span& span, int& error) {
+int GpuSinkMemory::copy(Reading& reading, Span& span) {
     const Place to = gpu_.find(span.to);
-    const Place from = sources.find(span.from);
-    const Span part{span.to, span.from, std::min({span.nbytes, to.nbytes, from.nbytes})};
-    if (from.is_gpu) {
-        // Also to memory of the host: addresses are unique among all of them.
-        error = to_error(driver_.memcpy_async(to.address, from.address, part.nbytes, lane.stream));
-    } else if (to.is_gpu) {
-        error = copy_by_bounce(lane, peer, part);
-    } else {
-        error = local::pull_from_host(peer.pid, std::span(&part, 1)).error;
+    Place from{false, span.from, UINT64_MAX};
+    if (reading.imports != nullptr) {
+        from = reading.imports->regions.find(span.from);
     }
-    return part.nbytes;
+    const Span part{span.to, span.from, std::min({span.nbytes, to.nbytes, from.nbytes})};
+    if (part.nbytes == 0) {
+        return EFAULT;  // behind the last address
+    }
+    span = {span.to + part.nbytes, span.from + part.nbytes, span.nbytes - part.nbytes};
+    if (from.is_gpu) {
+        auto& use = reading.uses[from.region];
+        const Import& import = *reading.imports->all[from.region];
+        if (!use.owns_lock()) {
+            use = import.use();
+        }
+        if (!import.is_open()) {
+            return EFAULT;  // the source has freed it
+        }
+        // Also to memory of the host: addresses are unique among all of them.
+        return to_error(
+            driver_.memcpy_async(to.address, from.address, part.nbytes, reading.lane.stream));
+    }
+    return to.is_gpu ? copy_by_bounce(reading, part)
+                     : local::pull_from_host(reading.peer.pid, std::span(&part, 1)).error;
 }
 
-int GpuSinkMemory::copy_by_bounce(Lane& lane, const local::PeerId& peer, const Span& span) {
+int GpuSinkMemory::copy_by_bounce(Reading& reading, const Span& span) {
+    Lane& lane = reading.lane;
     if (lane.bounce == nullptr) {
         if (const int result =
                 driver_.mem_host_alloc(&lane.bounce, kBounceBytes, cuda::kHostPortable);
@@ -193,7 +220,7 @@ int GpuSinkMemory::copy_by_bounce(Lane& lane, const local::PeerId& peer, const S
             return to_error(result);
         }
         const Span part{bounce, span.from + offset, nbytes};
-        if (const int error = local::pull_from_host(peer.pid, std::span(&part, 1)).error;
+        if (const int error = local::pull_from_host(reading.peer.pid, std::span(&part, 1)).error;
             error != 0) {
             return error;
         }

@@ -1,58 +1,26 @@
-// The sink's end: opens the sources' allocations and copies from them.
+// The sink's end: copies from the sources' allocations.
 #pragma once
 
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <shared_mutex>
 #include <vector>
 
-#include "../local/pull_memory.hpp"
-#include "context.hpp"
-#include "exports.hpp"
-#include "regions.hpp"
+#include "imports.hpp"
 
 namespace weightsync::cuda_ipc {
-
-// A source's allocation, open in this process while this lives.
-class Import : Counted<Kind::kMapping> {
-  public:
-    // Throws nothing: `result` tells. In the source's own process nothing is to be opened.
-    Import(std::shared_ptr<const Context> context, const Allocation& allocation, bool is_own,
-           int& result) noexcept;
-    ~Import();
-    Import(const Import&) = delete;
-    Import& operator=(const Import&) = delete;
-
-    [[nodiscard]] bool is_of(const Allocation& allocation) const noexcept {
-        return allocation.base == allocation_.base && allocation.id == allocation_.id &&
-               allocation.nbytes == allocation_.nbytes;
-    }
-    [[nodiscard]] std::uint64_t base() const noexcept { return allocation_.base; }
-    [[nodiscard]] Region region() const noexcept {
-        return {allocation_.base, allocation_.nbytes, address_};
-    }
-
-  private:
-    std::shared_ptr<const Context> context_;
-    Allocation allocation_;
-    std::uint64_t address_ = 0;  // in this process
-    bool is_open_ = false;
-};
-
-class GpuImports final : public local::Imports {
-  public:
-    std::vector<std::shared_ptr<const Import>> all;  // by base
-    Regions regions;
-};
 
 class GpuSinkMemory final : public local::SinkMemory {
   public:
     // Throws kMemory.
-    GpuSinkMemory(const cuda::Driver& driver, const TargetSpec& spec);
+    GpuSinkMemory(const cuda::Driver& driver, std::shared_ptr<ImportTable> table,
+                  const TargetSpec& spec);
     ~GpuSinkMemory() override;
     GpuSinkMemory(const GpuSinkMemory&) = delete;
     GpuSinkMemory& operator=(const GpuSinkMemory&) = delete;
 
-    [[nodiscard]] std::uint64_t unit_bytes() const noexcept override;
+    [[nodiscard]] std::uint64_t unit_bytes(const local::Imports* imports) const noexcept override;
     [[nodiscard]] Opened open(const local::PeerId& peer, std::span<const std::byte> notes,
                               const std::shared_ptr<const local::Imports>& before) override;
     [[nodiscard]] local::Pulled pull(const local::PeerId& peer, const local::Imports* imports,
@@ -64,19 +32,28 @@ class GpuSinkMemory final : public local::SinkMemory {
         void* stream = nullptr;
         void* bounce = nullptr;  // pinned; for what goes from a host to a GPU
     };
+    // One pull: who it reads from, and what it keeps open meanwhile.
+    struct Reading {
+        const local::PeerId& peer;
+        const GpuImports* imports;  // or null
+        Lane lane;
+        std::vector<std::shared_lock<std::shared_mutex>> uses;  // by region; empty: not used yet
+    };
+    // The context of the target's GPU; where it has none, of the first source's.
+    [[nodiscard]] std::shared_ptr<const Context> context_for(const Allocation& allocation,
+                                                             int& result);
     [[nodiscard]] int take_lane(Lane& lane) noexcept;
     void give_back(const Lane& lane) noexcept;
-    // Starts or does the copy of as many bytes as lie in one place on either side. Returns how
-    // many these are; with an error they are not copied.
-    [[nodiscard]] std::uint64_t copy(Lane& lane, const local::PeerId& peer, const Regions& sources,
-                                     const local::Span& span, int& error);
-    [[nodiscard]] int copy_by_bounce(Lane& lane, const local::PeerId& peer,
-                                     const local::Span& span);
+    // Starts or does the copy of as many bytes as lie in one place on either side, and takes them
+    // off the span. Returns 0, or an error as Pulled's.
+    [[nodiscard]] int copy(Reading& reading, local::Span& span);
+    [[nodiscard]] int copy_by_bounce(Reading& reading, const local::Span& span);
 
     const cuda::Driver& driver_;
+    const std::shared_ptr<ImportTable> table_;
     Regions gpu_;  // of the target
-    std::shared_ptr<const Context> context_;
     std::mutex mutex_;
+    std::shared_ptr<const Context> context_;  // null until it is needed; then it stays
     std::vector<Lane> idle_;
 };
 

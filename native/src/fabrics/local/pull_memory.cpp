@@ -11,7 +11,7 @@ namespace {
 
 class HostSinkMemory final : public SinkMemory {
   public:
-    [[nodiscard]] std::uint64_t unit_bytes() const noexcept override {
+    [[nodiscard]] std::uint64_t unit_bytes(const Imports* /*imports*/) const noexcept override {
         return std::uint64_t{4} << 20;
     }
     [[nodiscard]] Opened open(const PeerId& /*peer*/, std::span<const std::byte> /*notes*/,
@@ -29,6 +29,7 @@ class HostMemory final : public PullMemory {
     [[nodiscard]] bool can_push() const noexcept override { return true; }
     void follow(LeaseTable& /*leases*/) override {}
     void unfollow(LeaseTable& /*leases*/) noexcept override {}
+    void add(std::weak_ptr<Announcer> /*announcer*/) override {}
     [[nodiscard]] std::shared_ptr<const Notes> notes() const override { return nullptr; }
     [[nodiscard]] std::shared_ptr<SinkMemory> sink_memory(const TargetSpec& /*spec*/) override {
         return std::make_shared<HostSinkMemory>();

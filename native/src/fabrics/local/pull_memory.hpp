@@ -1,6 +1,7 @@
 // What of pulling depends on where memory lies: on the host, or also on its GPUs.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -35,22 +36,24 @@ struct Notes {
     std::vector<std::byte> bytes;
 };
 
-// What a sink holds of one source to read its memory. Never changed.
+// What a sink holds of one source to read its memory. Thread-safe.
 class Imports {
   public:
     Imports() = default;
     virtual ~Imports() = default;
     Imports(const Imports&) = delete;
     Imports& operator=(const Imports&) = delete;
+    // Waits for pulls that read from it; later ones fail.
+    virtual void close() const noexcept = 0;
 };
 
 // The memory of one target. Thread-safe.
 class SinkMemory {
   public:
     virtual ~SinkMemory() = default;
-    // How much a thread pulls at a time, which is what a fence waits for: large enough to hide the
-    // cost of a call, small enough for a millisecond or two.
-    [[nodiscard]] virtual std::uint64_t unit_bytes() const noexcept = 0;
+    // How much a thread pulls at a time, up to three times as much: large enough to hide the cost
+    // of a call, small enough that a fence waits for a millisecond or two.
+    [[nodiscard]] virtual std::uint64_t unit_bytes(const Imports* imports) const noexcept = 0;
     // Opens what notes name; `before` holds what the ones before named, or is null. Notes come from
     // the peer and may be anything.
     struct Opened {
@@ -65,6 +68,18 @@ class SinkMemory {
                                       std::span<const Span> spans) noexcept = 0;
 };
 
+// How long a source waits for sinks to let go of memory that it may free next.
+inline constexpr std::chrono::milliseconds kPatience{1000};
+
+// A source's connection.
+class Announcer {
+  public:
+    virtual ~Announcer() = default;
+    // Tells the sink of new notes. Returns when it has let go of what they do not name, or when the
+    // time is up: a frozen sink never does.
+    virtual void announce(std::chrono::steady_clock::time_point end) noexcept = 0;
+};
+
 // One per fabric.
 class PullMemory {
   public:
@@ -74,6 +89,8 @@ class PullMemory {
     // A source connects: from now on notes() tells of all that it leases. Throws kMemory.
     virtual void follow(LeaseTable& leases) = 0;
     virtual void unfollow(LeaseTable& leases) noexcept = 0;
+    // Who tells sinks of new notes.
+    virtual void add(std::weak_ptr<Announcer> announcer) = 0;
     // Null when there is nothing to say.
     [[nodiscard]] virtual std::shared_ptr<const Notes> notes() const = 0;
     // Throws kMemory.

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <deque>
+#include <thread>
 
 #include "remote.hpp"
 
@@ -11,7 +13,9 @@ namespace weightsync::local {
 
 namespace {
 
-class PullRemote final : public LocalRemote {
+constexpr std::chrono::microseconds kPoll{50};
+
+class PullRemote final : public LocalRemote, public Announcer {
   public:
     PullRemote(EngineContext& context, net::Reactor& reactor, CopyPool& pool, PullMemory& memory,
                Peer peer, EventFd completion, std::vector<UniqueFd> fds)
@@ -48,6 +52,7 @@ class PullRemote final : public LocalRemote {
 
     void start() override {
         LocalRemote::start();
+        memory_.add(std::static_pointer_cast<PullRemote>(shared_from_this()));
         const auto on_completion = [weak = weak_from_this()](std::uint32_t) {
             if (const auto self = std::static_pointer_cast<PullRemote>(weak.lock())) {
                 self->completion_.drain();
@@ -72,6 +77,18 @@ class PullRemote final : public LocalRemote {
         operation->finish(std::move(error));
     }
 
+    void announce(std::chrono::steady_clock::time_point end) noexcept override {
+        const auto nothing = std::make_shared<Operation>(context_, info_, std::vector<Write>{},
+                                                         std::vector<LeaseState*>{});
+        post(nothing);
+        while (!nothing->is_done() && std::chrono::steady_clock::now() < end) {
+            std::this_thread::sleep_for(kPoll);
+        }
+        if (nothing->error() != nullptr) {  // it is at its end
+            await_end(end);
+        }
+    }
+
     void notify(std::span<const std::int32_t> /*immediates*/) override {
         throw Error(Scope::kConfig, "nothing of " + info_->peer + " is mapped here");
     }
@@ -82,6 +99,14 @@ class PullRemote final : public LocalRemote {
         // A stopped sink may read our memory much later; it will find that nothing of it counts.
         channel().is_withdrawn.store(1, std::memory_order_seq_cst);
         peer_.socket.reset();
+        bool has_told = false;
+        {
+            const std::lock_guard lock(mutex_);
+            has_told = has_told_;
+        }
+        if (has_told) {
+            await_end(std::chrono::steady_clock::now() + kPatience);
+        }
         fail_all(closed_error());
     }
 
@@ -97,6 +122,14 @@ class PullRemote final : public LocalRemote {
             Scope::kTransfer,
             "the remote to " + info_->peer + " was closed while an operation was in flight",
             Facts{{"peer", info_->peer}});
+    }
+
+    // Until the sink has let go of this source.
+    void await_end(std::chrono::steady_clock::time_point end) const noexcept {
+        while (channel().has_let_go.load(std::memory_order_acquire) == 0 &&
+               std::chrono::steady_clock::now() < end && !has_exited(peer_.pidfd.get())) {
+            std::this_thread::sleep_for(kPoll);
+        }
     }
 
     // Moves waiting operations into free entries of the channel. With mutex_ held.
@@ -115,6 +148,7 @@ class PullRemote final : public LocalRemote {
             entry.num_rows = batch.operation->rows().size();
             entry.notes_version = 0;
             if (batch.notes) {
+                has_told_ = true;
                 entry.notes_version = batch.notes->version;
                 entry.notes_address = reinterpret_cast<std::uint64_t>(batch.notes->bytes.data());
                 entry.notes_nbytes = batch.notes->bytes.size();
@@ -211,6 +245,7 @@ class PullRemote final : public LocalRemote {
     std::uint64_t completion_watch_ = 0;
     std::mutex mutex_;
     bool is_closed_ = false;
+    bool has_told_ = false;  // the sink may have opened what notes named
     std::uint64_t next_entry_ = 0;
     std::array<Batch, Channel::kCapacity> in_flight_;
     std::deque<std::shared_ptr<Operation>> waiting_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <functional>
 #include <limits>
 
 #include "target.hpp"
@@ -29,11 +30,12 @@ class PullTarget;
 class PullJob final : public Job {
   public:
     PullJob(std::shared_ptr<PullTarget> target, std::shared_ptr<Session> session,
-            ChannelEntry& entry, std::vector<Write> rows, CopyUnits units)
+            std::shared_ptr<const Imports> imports, ChannelEntry& entry, std::vector<Write> rows,
+            CopyUnits units)
         : Job(units.units.size()),
           target_(std::move(target)),
           session_(std::move(session)),
-          imports_(session_->imports),
+          imports_(std::move(imports)),
           entry_(entry),
           rows_(std::move(rows)),
           units_(std::move(units)) {}
@@ -62,6 +64,17 @@ void complete(const Session& session, ChannelEntry& entry, const Failure* failur
     entry.state.store(ChannelEntry::kDone, std::memory_order_release);
     session.source_event.signal();
 }
+
+// Does one thing on a thread of the pool.
+class Chore final : public Job {
+  public:
+    explicit Chore(std::function<void()> body) : Job(1), body_(std::move(body)) {}
+    void run(std::size_t /*unit*/) noexcept override { body_(); }
+    void finish() noexcept override {}
+
+  private:
+    std::function<void()> body_;
+};
 
 class PullTarget final : public LocalTarget {
   public:
@@ -93,17 +106,49 @@ class PullTarget final : public LocalTarget {
 
     void close() noexcept override {
         gate_.close();
+        std::vector<std::shared_ptr<Session>> sessions;
         {
             const std::lock_guard lock(mutex_);
             for (auto& [id, session] : sessions_) {
                 session->channel().is_closed.store(1, std::memory_order_seq_cst);
                 session->source_event.signal();
+                sessions.push_back(session);
             }
         }
         drop_sessions();
+        if (!sessions.empty()) {
+            let_go_later(std::move(sessions));
+        }
     }
 
   private:
+    void let_go(Session& session) noexcept override {
+        std::shared_ptr<const Imports> imports;
+        {
+            const std::lock_guard lock(mutex_);
+            imports = std::move(session.imports);
+        }
+        if (imports) {
+            imports->close();
+        }
+        session.channel().has_let_go.store(1, std::memory_order_release);
+    }
+
+    // Closing imports may take a driver longer than a fence may take.
+    void let_go_later(std::vector<std::shared_ptr<Session>> sessions) noexcept {
+        const auto all = [self = std::static_pointer_cast<PullTarget>(shared_from_this()),
+                          sessions = std::move(sessions)] {
+            for (const auto& session : sessions) {
+                self->let_go(*session);
+            }
+        };
+        try {
+            pool_.submit(std::make_shared<Chore>(all));
+        } catch (const Error&) {  // the engine is closing
+            all();
+        }
+    }
+
     std::vector<int> welcome(Session& session, const Request& request,
                              std::vector<UniqueFd>& keep) override {
         probe(session, request);
@@ -180,17 +225,24 @@ class PullTarget final : public LocalTarget {
         for (std::size_t i = 0; i < rows.size(); ++i) {
             Write& row = rows[i];
             const Range* range = spec_.ranges.find(row.destination, row.nbytes, hint);
-            if (range == nullptr || row.immediate < kNoImmediate ||
+            if (range == nullptr || row.nbytes > UINT64_MAX - row.source ||
+                row.immediate < kNoImmediate ||
                 row.immediate > std::numeric_limits<std::int32_t>::max()) {
                 refuse({Scope::kConfig, 0, static_cast<std::uint32_t>(i)});
                 return;
             }
             row.destination = range->base + (row.destination - range->arena_offset);
         }
-        CopyUnits units = cut_units(rows, memory_->unit_bytes(), SinkMemory::kMaxSpans);
+        std::shared_ptr<const Imports> imports;
+        {
+            const std::lock_guard lock(mutex_);
+            imports = session->imports;
+        }
+        CopyUnits units =
+            cut_units(rows, memory_->unit_bytes(imports.get()), SinkMemory::kMaxSpans);
         const auto self = std::static_pointer_cast<PullTarget>(shared_from_this());
-        const auto job =
-            std::make_shared<PullJob>(self, session, entry, std::move(rows), std::move(units));
+        const auto job = std::make_shared<PullJob>(self, session, std::move(imports), entry,
+                                                   std::move(rows), std::move(units));
         try {
             pool_.submit(job);
         } catch (const Error&) {  // the engine is closing
@@ -226,11 +278,15 @@ class PullTarget final : public LocalTarget {
         if (const int error = read(session, entry.notes_address, notes); error != 0) {
             return error;
         }
-        SinkMemory::Opened opened = memory_->open(session.peer, notes, session.imports);
-        if (opened.error == 0) {
-            session.imports = std::move(opened.imports);
-            session.notes_version = version;
+        std::shared_ptr<const Imports> before;
+        {
+            const std::lock_guard lock(mutex_);
+            before = session.imports;
         }
+        SinkMemory::Opened opened = memory_->open(session.peer, notes, before);
+        const std::lock_guard lock(mutex_);
+        session.imports = std::move(opened.imports);
+        session.notes_version = opened.error == 0 ? version : 0;  // else asked for again
         return opened.error;
     }
 
@@ -278,8 +334,12 @@ void PullJob::read_rows(const CopyUnit& unit, Tally& tally) noexcept {
         row_of[count++] = i;
     }
     std::uint32_t num_read = unit.row_end;  // rows before it are there
-    const Pulled pulled =
-        target_->memory().pull(session_->peer, imports_.get(), std::span(spans.data(), count));
+    if (session_->is_void()) {
+        count = 0;  // the memory may be gone
+    }
+    const Pulled pulled = count == 0 ? Pulled{}
+                                     : target_->memory().pull(session_->peer, imports_.get(),
+                                                              std::span(spans.data(), count));
     if (pulled.error != 0) {
         // Of the rows that make up this span, those before its end were read.
         const std::uint64_t stopped_at = spans[pulled.num_spans].to + pulled.nbytes;

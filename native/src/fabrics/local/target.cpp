@@ -46,14 +46,17 @@ void LocalTarget::unwatch(Session& session) noexcept {
 
 void LocalTarget::forget(std::uint64_t session_id) noexcept {
     std::shared_ptr<Session> session;
-    const std::lock_guard lock(mutex_);
-    const auto found = sessions_.find(session_id);
-    if (found == sessions_.end()) {
-        return;
+    {
+        const std::lock_guard lock(mutex_);
+        const auto found = sessions_.find(session_id);
+        if (found == sessions_.end()) {
+            return;
+        }
+        session = std::move(found->second);
+        sessions_.erase(found);
+        unwatch(*session);
     }
-    session = std::move(found->second);
-    sessions_.erase(found);
-    unwatch(*session);
+    let_go(*session);
 }
 
 void LocalTarget::drop_sessions() noexcept {

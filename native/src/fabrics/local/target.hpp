@@ -31,7 +31,7 @@ struct Session : Counted<Kind::kSession> {
     // reactor thread only
     std::uint64_t next_entry = 0;
     std::uint64_t notes_version = 0;
-    std::shared_ptr<const Imports> imports;  // of those notes
+    std::shared_ptr<const Imports> imports;  // of those notes; guarded by the target's mutex
 
     [[nodiscard]] Channel& channel() const noexcept {
         return *reinterpret_cast<Channel*>(channel_mapping->data());
@@ -68,6 +68,8 @@ class LocalTarget : public TargetPort, public std::enable_shared_from_this<Local
                                      std::vector<UniqueFd>& keep) = 0;
     // Closes the door and lets go of all sources.
     void drop_sessions() noexcept;
+    // A source is gone or hung up; without the mutex.
+    virtual void let_go(Session& /*session*/) noexcept {}
 
     EngineContext& context_;
     net::Reactor& reactor_;

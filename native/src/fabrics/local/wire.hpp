@@ -147,7 +147,9 @@ struct Channel {
     // By the source: its memory may mean something else from now on, so bytes read later count for
     // nothing. The sink looks after reading and before it sets a bit.
     std::atomic<std::uint32_t> is_withdrawn;
-    std::array<std::byte, 48> padding;
+    // By the sink, at the end: it reads the source's memory no more and has nothing of it open.
+    std::atomic<std::uint32_t> has_let_go;
+    std::array<std::byte, 44> padding;
     std::array<ChannelEntry, kCapacity> entries;
 };
 
