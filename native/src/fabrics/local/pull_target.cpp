@@ -106,18 +106,22 @@ class PullTarget final : public LocalTarget {
 
     void close() noexcept override {
         gate_.close();
-        std::vector<std::shared_ptr<Session>> sessions;
+        std::vector<std::shared_ptr<Session>> with_imports;
         {
             const std::lock_guard lock(mutex_);
             for (auto& [id, session] : sessions_) {
                 session->channel().is_closed.store(1, std::memory_order_seq_cst);
                 session->source_event.signal();
-                sessions.push_back(session);
+                if (session->imports) {
+                    with_imports.push_back(session);
+                } else {
+                    session->channel().has_let_go.store(1, std::memory_order_release);
+                }
             }
         }
         drop_sessions();
-        if (!sessions.empty()) {
-            let_go_later(std::move(sessions));
+        if (!with_imports.empty()) {
+            let_go_later(std::move(with_imports));
         }
     }
 
@@ -208,6 +212,11 @@ class PullTarget final : public LocalTarget {
             board_.account({.unknown = failure.scope == Scope::kConfig ? 1U : 0U});
             complete(*session, entry, &failure);
         };
+        const Pass pass(gate_);  // what is opened here is there for close() to see
+        if (!pass) {
+            refuse({Scope::kFenced, 0, 0});
+            return;
+        }
         if (num_rows > kMaxRows) {
             refuse({Scope::kConfig, 0, 0});
             return;
