@@ -158,6 +158,7 @@ def test_a_killed_source_is_replaced_by_another(engine: Engine, mode: Mode) -> N
     target.close()
 
 
+@pytest.mark.timeout(scaled(60, 600))
 def test_a_source_killed_while_it_writes_harms_nobody(engine: Engine, mode: Mode) -> None:
     for _ in range(scaled(3, 40)):
         nbytes = 64 * MIB

@@ -39,7 +39,7 @@ class Channel:
         self.event = os.eventfd(0)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.connect("\0" + name)
-        request = struct.pack("<QIIQQ", MAGIC, 1, 0, target_id, generation) + key
+        request = struct.pack("<QIIQQ", MAGIC, 2, 0, target_id, generation) + key
         request += struct.pack("<QQ", ctypes.addressof(self.probe), self.probe.value)
         socket.send_fds(self.socket, [request], [self.event])
         reply, fds, _, _ = socket.recv_fds(self.socket, 4096, 8)
@@ -50,11 +50,14 @@ class Channel:
         os.close(channel)
         self.next = 0
 
-    def post(self, table_address: int, num_rows: int) -> tuple[int, int, int]:
+    def post(
+        self, table_address: int, num_rows: int, notes: tuple[int, int, int] = (0, 0, 0)
+    ) -> tuple[int, int, int]:
         """Post a batch; returns the sink's scope (-1: fine), errno and row."""
         at = ENTRY_BYTES * (1 + self.next)
         self.next += 1
-        struct.pack_into("<IiiIQQ", self.memory, at, 0, 0, 0, 0, table_address, num_rows)
+        head = (0, 0, 0, 0, table_address, num_rows)
+        struct.pack_into("<IiiIQQQQQ", self.memory, at, *head, *notes)
         struct.pack_into("<I", self.memory, at, POSTED)
         os.eventfd_write(self.doorbell, 1)
         while True:
@@ -142,6 +145,28 @@ def test_tables_and_sources_that_are_not_there_are_errors(
     payload = random_bytes(8)
     table = rows((address_of(payload), 0, 8, 0))
     assert channel.post(address_of(table), 1)[0] == -1  # the sink goes on serving
+
+
+def test_a_source_behind_all_addresses_is_refused(
+    sink: tuple[Target, Bytes], channel: Channel
+) -> None:
+    scope, _, row = channel.post(address_of(table := rows((-4, 0, 8, 0))), len(table))
+    assert (scope >= 0, row) == (True, 0)
+    assert len(sink[0].missing(0)) == 8
+
+
+@pytest.mark.parametrize("nbytes", [0, 8, 104, 1 << 40, (1 << 64) - 1])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_notes_of_a_source_are_believed_nothing(
+    sink: tuple[Target, Bytes], channel: Channel, nbytes: int, is_there: bool
+) -> None:
+    """Address, bytes and version of what it says of its memory: this fabric wants none."""
+    notes, payload = random_bytes(256), random_bytes(8)
+    table = rows((address_of(payload), 0, 8, 0))
+    address = address_of(notes) if is_there else 16
+    assert channel.post(address_of(table), 1, (address, nbytes, 7))[0] >= 0
+    assert len(sink[0].missing(0)) == 8
+    assert channel.post(address_of(table), 1)[0] == -1
 
 
 def test_garbage_instead_of_a_request_is_ignored(sink: tuple[Target, Bytes]) -> None:
