@@ -343,9 +343,6 @@ void PullJob::read_rows(const CopyUnit& unit, Tally& tally) noexcept {
         row_of[count++] = i;
     }
     std::uint32_t num_read = unit.row_end;  // rows before it are there
-    if (session_->is_void()) {
-        count = 0;  // the memory may be gone
-    }
     const Pulled pulled = count == 0 ? Pulled{}
                                      : target_->memory().pull(session_->peer, imports_.get(),
                                                               std::span(spans.data(), count));
