@@ -5,12 +5,22 @@
 
 from __future__ import annotations
 
-from weightsync.planners.rules.canonical import canonical_tensors
-from weightsync.planners.rules.config import SUPPORTED_MODELS, ConfigLike, ModelConfig, model_config
+from weightsync.planners.rules.canonical import canonical_dtypes, canonical_tensors
+from weightsync.planners.rules.config import (
+    SUPPORTED_MODELS,
+    ConfigLike,
+    LatentAttention,
+    ModelConfig,
+    model_config,
+)
 from weightsync.planners.rules.fsdp2 import Fsdp2Layout, fsdp2
 from weightsync.planners.rules.hf import HfLayout, hf
 from weightsync.planners.rules.layout import RuleLayout
-from weightsync.planners.rules.transformers import transformers_aliases, transformers_parameters
+from weightsync.planners.rules.transformers import (
+    transformers_aliases,
+    transformers_buffers,
+    transformers_parameters,
+)
 from weightsync.planners.rules.vllm import VllmLayout, vllm
 
 __all__ = [
@@ -18,14 +28,17 @@ __all__ = [
     "ConfigLike",
     "Fsdp2Layout",
     "HfLayout",
+    "LatentAttention",
     "ModelConfig",
     "RuleLayout",
     "VllmLayout",
+    "canonical_dtypes",
     "canonical_tensors",
     "fsdp2",
     "hf",
     "model_config",
     "transformers_aliases",
+    "transformers_buffers",
     "transformers_parameters",
     "vllm",
 ]

@@ -10,12 +10,44 @@ from typing import Any
 
 from weightsync.errors import ConfigError
 
-__all__ = ["SUPPORTED_MODELS", "ConfigLike", "ModelConfig", "model_config"]
+__all__ = ["SUPPORTED_MODELS", "ConfigLike", "LatentAttention", "ModelConfig", "model_config"]
 
-SUPPORTED_MODELS = ("llama", "qwen3", "qwen3_moe")
+SUPPORTED_MODELS = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "deepseek_v3",
+    "kimi_k2",
+    "glm4_moe",
+    "gpt_oss",
+)
 
 # More than this many layers, heads or experts is a typing error, not a model.
 _MAX_COUNT = 1 << 20
+
+# Latent attention: queries, keys and values come from low-rank projections.
+_LATENT = ("deepseek_v3", "kimi_k2")
+# The first layers are dense; the others have shared experts and a correction bias at the router.
+_SHARED = (*_LATENT, "glm4_moe")
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Args:
+        q_rank: Width of the compressed queries; None: queries are projected directly.
+        kv_rank: Width of the compressed keys and values.
+        nope_dim: Width of a head's query and key that is not rotated.
+        rope_dim: Width that is; one key of it serves all heads.
+        v_dim: Width of a head's value.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +62,22 @@ class ModelConfig:
         num_layers: Decoder layers.
         num_heads: Query heads.
         num_kv_heads: Key and value heads.
-        head_dim: Width of one head.
+        head_dim: Width of one head's queries.
         qk_norm: Whether queries and keys have a norm each (all Qwen3).
-        attention_bias: Whether the four attention projections have biases.
+        attention_bias: Whether the projections into attention have biases; with latent attention
+            those that read the residual stream.
+        output_bias: Whether the projection out of attention has one.
         mlp_bias: Whether the three projections of a dense MLP have biases.
         tie_word_embeddings: Whether `lm_head` is the embedding itself.
         num_experts: Routed experts of a sparse layer; 0 for dense models.
         moe_intermediate_size: Width of one expert; 0 for dense models.
         sparse_layers: Indices of the layers that have experts.
+        num_shared_experts: Experts that every token takes; the checkpoint holds them as one.
+        correction_bias: Whether routers have an `e_score_correction_bias`.
+        latent: Widths of latent attention; None: queries, keys and values have a projection each.
         quantization: `quant_method` of the published checkpoint, or None.
+        weight_block_size: Rows and columns that share a scale in that checkpoint, or None.
+        unconverted_modules: Names or patterns of modules that it does not quantize.
     """
 
     model_type: str
@@ -51,12 +90,18 @@ class ModelConfig:
     head_dim: int
     qk_norm: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     num_experts: int = 0
     moe_intermediate_size: int = 0
     sparse_layers: frozenset[int] = frozenset()
+    num_shared_experts: int = 0
+    correction_bias: bool = False
+    latent: LatentAttention | None = None
     quantization: str | None = None
+    weight_block_size: tuple[int, int] | None = None
+    unconverted_modules: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -86,13 +131,10 @@ class ModelConfig:
         num_heads = read.count("num_attention_heads")
         num_layers = read.count("num_hidden_layers")
         hidden_size = read.count("hidden_size")
-        num_experts, moe_intermediate_size, sparse_layers = 0, 0, frozenset[int]()
-        if model_type == "qwen3_moe":
-            # transformers 5 writes num_local_experts, published files say num_experts.
-            old = "num_experts" in config
-            num_experts = read.count("num_experts" if old else "num_local_experts")
-            moe_intermediate_size = read.count("moe_intermediate_size")
-            sparse_layers = read.sparse_layers(num_layers)
+        sparse_layers = read.sparse_layers(num_layers)
+        latent = read.latent() if model_type in _LATENT else None
+        # GptOssConfig alone has biases unless the file says otherwise.
+        attention_bias = read.flag("attention_bias", model_type == "gpt_oss")
         made = cls(
             model_type=model_type,
             vocab_size=read.count("vocab_size"),
@@ -101,15 +143,25 @@ class ModelConfig:
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=read.count("num_key_value_heads", num_heads),
-            head_dim=read.head_dim(hidden_size, num_heads),
-            qk_norm=model_type != "llama",
-            attention_bias=read.flag("attention_bias"),
+            head_dim=(
+                read.head_dim(hidden_size, num_heads)
+                if latent is None
+                else latent.nope_dim + latent.rope_dim
+            ),
+            qk_norm=read.qk_norm(),
+            attention_bias=attention_bias,
+            output_bias=attention_bias and model_type != "glm4_moe",
             mlp_bias=model_type == "llama" and read.flag("mlp_bias"),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
-            num_experts=num_experts,
-            moe_intermediate_size=moe_intermediate_size,
-            sparse_layers=sparse_layers,
+            num_experts=read.num_experts() if sparse_layers is not None else 0,
+            moe_intermediate_size=read.expert_width() if sparse_layers is not None else 0,
+            sparse_layers=sparse_layers if sparse_layers is not None else frozenset(),
+            num_shared_experts=read.num_shared_experts(),
+            correction_bias=model_type in _SHARED,
+            latent=latent,
             quantization=read.quantization(),
+            weight_block_size=read.weight_block_size(),
+            unconverted_modules=read.unconverted_modules(),
         )
         if made.num_heads % made.num_kv_heads:
             raise ConfigError(
@@ -176,36 +228,67 @@ class _Reader:
     model_type: str
     config: Mapping[str, Any]
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.config.get(key)
         if value is None:
             value = default
         if value is None:
             raise ConfigError(f"{self.model_type}: the config has no {key!r}", key=key)
         # bool is an int in Python; "true heads" is a broken file all the same.
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{self.model_type}: {key} must be a positive integer, not {value!r}", key=key
-            )
-        if key.startswith("num_") and value > _MAX_COUNT:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = "a positive integer" if least else "an integer from 0 on"
+            raise ConfigError(f"{self.model_type}: {key} must be {kind}, not {value!r}", key=key)
+        if key.startswith(("num_", "n_", "first_")) and value > _MAX_COUNT:
             raise ConfigError(f"{self.model_type}: {key} {value} is beyond {_MAX_COUNT}", key=key)
         return value
 
-    def flag(self, key: str) -> bool:
-        value = self.config.get(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.config.get(key)
         if value is None:
-            return False
+            return default
         if not isinstance(value, bool):
             raise ConfigError(
                 f"{self.model_type}: {key} must be true or false, not {value!r}", key=key
             )
         return value
 
+    def qk_norm(self) -> bool:
+        if self.model_type == "glm4_moe":
+            return self.flag("use_qk_norm")
+        return self.model_type.startswith("qwen3")
+
+    def latent(self) -> LatentAttention:
+        has_q_rank = self.config.get("q_lora_rank") is not None
+        return LatentAttention(
+            q_rank=self.count("q_lora_rank") if has_q_rank else None,
+            kv_rank=self.count("kv_lora_rank"),
+            nope_dim=self.count("qk_nope_head_dim"),
+            rope_dim=self.count("qk_rope_head_dim"),
+            v_dim=self.count("v_head_dim"),
+        )
+
+    def num_experts(self) -> int:
+        # Published files and transformers 5 spell it differently; the published spelling first.
+        keys = {
+            "qwen3_moe": ("num_experts", "num_local_experts"),
+            "gpt_oss": ("num_local_experts", "num_experts"),
+        }.get(self.model_type, ("n_routed_experts", "num_local_experts"))
+        return self.count(keys[0] if keys[0] in self.config else keys[1])
+
+    def expert_width(self) -> int:
+        is_gpt_oss = self.model_type == "gpt_oss"
+        return self.count("intermediate_size" if is_gpt_oss else "moe_intermediate_size")
+
+    def num_shared_experts(self) -> int:
+        return self.count("n_shared_experts", 0, least=0) if self.model_type in _SHARED else 0
+
     def head_dim(self, hidden_size: int, num_heads: int) -> int:
         if self.config.get("head_dim") is not None:
             return self.count("head_dim")
-        if self.model_type == "qwen3" and "head_dim" not in self.config:
-            return 128  # the default of Qwen3Config, whatever the hidden size
+        # The defaults of Qwen3Config and GptOssConfig, whatever the hidden size.
+        default = {"qwen3": 128, "gpt_oss": 64}.get(self.model_type)
+        if default is not None and "head_dim" not in self.config:
+            return default
         if hidden_size % num_heads:
             raise ConfigError(
                 f"{self.model_type}: no head_dim, and hidden_size {hidden_size} is no multiple of "
@@ -214,7 +297,21 @@ class _Reader:
             )
         return hidden_size // num_heads
 
-    def sparse_layers(self, num_layers: int) -> frozenset[int]:
+    def sparse_layers(self, num_layers: int) -> frozenset[int] | None:
+        """Layers with experts; None for a dense model."""
+        if self.model_type in _SHARED:
+            if self.count("moe_layer_freq", 1) != 1:
+                # transformers does not know the key, engines heed it: better no layout than two.
+                raise ConfigError(
+                    f"{self.model_type}: moe_layer_freq must be 1, not "
+                    f"{self.config['moe_layer_freq']!r}",
+                    key="moe_layer_freq",
+                )
+            return frozenset(range(self.count("first_k_dense_replace", least=0), num_layers))
+        if self.model_type == "gpt_oss":
+            return frozenset(range(num_layers))
+        if self.model_type != "qwen3_moe":
+            return None
         step = self.count("decoder_sparse_step", 1)
         dense = self.config.get("mlp_only_layers")
         if dense is None:
@@ -230,3 +327,31 @@ class _Reader:
         if not isinstance(value, Mapping):
             return None
         return str(value.get("quant_method", "unknown"))
+
+    def _quantization_key(self, key: str) -> Any:
+        value = self.config.get("quantization_config")
+        return value.get(key) if isinstance(value, Mapping) else None
+
+    def weight_block_size(self) -> tuple[int, int] | None:
+        value = self._quantization_key("weight_block_size")
+        if value is None:
+            return None
+        numbers = list(value) if isinstance(value, list | tuple) else []
+        if len(numbers) != 2 or not all(type(n) is int and n > 0 for n in numbers):
+            raise ConfigError(
+                f"{self.model_type}: weight_block_size must be two positive integers, not "
+                f"{value!r}",
+                key="weight_block_size",
+            )
+        return (numbers[0], numbers[1])
+
+    def unconverted_modules(self) -> tuple[str, ...]:
+        value = self._quantization_key("modules_to_not_convert")
+        if value is None:
+            return ()
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(
+                f"{self.model_type}: modules_to_not_convert must be a list of names, not {value!r}",
+                key="modules_to_not_convert",
+            )
+        return tuple(value)

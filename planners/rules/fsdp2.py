@@ -9,7 +9,7 @@ from weightsync.ir.dtypes import Dtype
 from weightsync.planners.rules.config import ConfigLike, model_config
 from weightsync.planners.rules.layout import RuleLayout, checked_degree, named_dtype
 from weightsync.planners.rules.parts import Parameter
-from weightsync.planners.rules.transformers import transformers_parameters
+from weightsync.planners.rules.transformers import transformers_buffers, transformers_parameters
 
 __all__ = ["Fsdp2Layout", "fsdp2"]
 
@@ -25,7 +25,7 @@ class Fsdp2Layout(RuleLayout):
     fsdp: int
 
     def parameters(self, rank: int) -> Iterator[Parameter]:
-        """Cuts every parameter into chunks of ceil(n / fsdp) rows; see `RuleLayout.parameters`."""
+        """Cuts parameters into chunks of ceil(n / fsdp) rows; see `RuleLayout.parameters`."""
         # The mesh is (replicate, shard), row-major: neighbours share a copy.
         index = rank % self.fsdp
         for parameter in transformers_parameters(self.config).values():
@@ -34,6 +34,7 @@ class Fsdp2Layout(RuleLayout):
             start = min(index * chunk, num_rows)
             stop = min(start + chunk, num_rows)
             yield parameter.shard((start, *(0 for _ in rest)), (stop - start, *rest))
+        yield from transformers_buffers(self.config).values()  # fully_shard leaves them whole
 
 
 def fsdp2(
@@ -46,6 +47,7 @@ def fsdp2(
         fsdp: Ranks that share one copy of the parameters.
         replicate: Number of copies; more than one is HSDP, a mesh (replicate, fsdp).
         dtype: Type of the sharded parameters: `F32`, or `BF16` where the trainer keeps no masters.
+            Buffers keep their own: `e_score_correction_bias` is F32 and whole on every rank.
 
     Returns:
         The layout of `fsdp * replicate` source ranks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from weightsync.errors import ConfigError
@@ -24,7 +24,7 @@ class RuleLayout(ABC):
     Args:
         side: Which side these ranks are on.
         config: The model.
-        dtype: Type of the parameters in memory.
+        dtype: Type of the parameters in memory that have none of their own.
         world_size: Number of ranks.
     """
 
@@ -52,8 +52,16 @@ class RuleLayout(ABC):
                 side=self.side,
             )
         builder = ManifestBuilder(self.side, f"{self.side} {rank}")
-        write(builder, self.parameters(rank), canonical_tensors(self.config), self.dtype)
+        write(builder, self.parameters(rank), self.tensors(), self.dtype)
         return builder.build()
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Gives the shapes of the canonical tensors that the parameters are parts of.
+
+        Returns:
+            Shape by name: the BF16 checkpoint's, unless a layout holds quantized tensors.
+        """
+        return canonical_tensors(self.config)
 
     @abstractmethod
     def parameters(self, rank: int) -> Iterable[Parameter]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from weightsync.ir.builder import ManifestBuilder
 from weightsync.ir.dtypes import Dtype
 
 __all__ = [
+    "Box",
     "Parameter",
     "Part",
     "columns",
@@ -27,6 +29,20 @@ __all__ = [
 
 Index = tuple[int, ...]
 Shape = tuple[int, ...]
+
+
+class Box(NamedTuple):
+    """A box of a parameter, and where it lies in a local tensor.
+
+    Args:
+        lo: First element of the box, in the parameter.
+        n: Elements along each dimension.
+        at: Where the first element lies in the local tensor.
+    """
+
+    lo: Index
+    n: Index
+    at: Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +113,17 @@ class Part:
             self.tensor, tuple(new_lo), tuple(new_n), self.step, tuple(at), self.axes, self.jump
         )
 
+    def moved(self, at: Index) -> Part:
+        """Puts the part elsewhere.
+
+        Args:
+            at: Where its first element goes.
+
+        Returns:
+            The part, there.
+        """
+        return Part(self.tensor, self.lo, self.n, self.step, at, self.axes, self.jump)
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -107,12 +134,14 @@ class Parameter:
         shape: Its shape; 1 to 4 dimensions.
         parts: What it holds; disjoint.
         zeros: Boxes (first element, size) that hold zeros: padding that no checkpoint stores.
+        dtype: Type of its elements; None: the layout's.
     """
 
     name: str
     shape: Shape
     parts: tuple[Part, ...]
     zeros: tuple[tuple[Index, Index], ...] = ()
+    dtype: Dtype | None = None
 
     def shard(self, lo: Index, n: Index) -> Parameter:
         """Cuts the box that one rank holds out of an unpadded parameter.
@@ -124,24 +153,44 @@ class Parameter:
         Returns:
             The shard, with the shape of the box.
         """
-        first, end = lo[0], lo[0] + n[0]
-        near = [part for part in self.parts if part.at[0] < end and part.end_row > first]
-        cuts = [part.cut(lo, n) for part in near]
-        return Parameter(self.name, n, tuple(cut for cut in cuts if cut is not None))
+        return self.collected(n, [Box(lo, n, (0,) * len(n))])
+
+    def collected(self, shape: Shape, boxes: Iterable[Box]) -> Parameter:
+        """Cuts several boxes out of an unpadded parameter and puts them into one local tensor.
+
+        Args:
+            shape: Shape of the local tensor.
+            boxes: The boxes; together they fill it.
+
+        Returns:
+            The shard, with the shape of the local tensor.
+        """
+        found: list[Part] = []
+        for box in boxes:
+            first, end = box.lo[0], box.lo[0] + box.n[0]
+            for part in self.parts:
+                if part.at[0] >= end or part.end_row <= first:
+                    continue
+                cut = part.cut(box.lo, box.n)
+                if cut is not None:
+                    at = tuple(a + b for a, b in zip(cut.at, box.at, strict=True))
+                    found.append(cut.moved(at) if any(box.at) else cut)
+        return Parameter(self.name, shape, tuple(found), dtype=self.dtype)
 
 
-def whole(name: str, tensor: str, shape: Shape) -> Parameter:
+def whole(name: str, tensor: str, shape: Shape, dtype: Dtype | None = None) -> Parameter:
     """Makes a parameter that is one canonical tensor, unchanged.
 
     Args:
         name: Name of the parameter.
         tensor: Canonical name.
         shape: Shape of both.
+        dtype: Type of its elements; None: the layout's.
 
     Returns:
         The parameter.
     """
-    return Parameter(name, shape, (rows(tensor, shape, 0, shape[0]),))
+    return Parameter(name, shape, (rows(tensor, shape, 0, shape[0]),), dtype=dtype)
 
 
 def rows(tensor: str, shape: Shape, start: int, count: int, at: Index | None = None) -> Part:
@@ -197,17 +246,7 @@ def stacked(name: str, parts: Sequence[Part]) -> Parameter:
     moved: list[Part] = []
     row = 0
     for part in parts:
-        moved.append(
-            Part(
-                part.tensor,
-                part.lo,
-                part.n,
-                part.step,
-                (row, *part.at[1:]),
-                part.axes,
-                part.jump,
-            )
-        )
+        moved.append(part.moved((row, *part.at[1:])))
         row += part.n[0]
     return Parameter(name, (row, *parts[0].n[1:]), tuple(moved))
 
@@ -239,7 +278,7 @@ def write(
         builder: The manifest in the making.
         parameters: What this rank holds.
         shapes: Shapes of the canonical tensors by name.
-        dtype: Type of the elements in memory.
+        dtype: Type of the elements in memory, where a parameter has none of its own.
         strides: Strides of the memory in elements; None: dense, row-major.
     """
     for parameter in parameters:
@@ -248,7 +287,8 @@ def write(
         stride = dense_strides(parameter.shape) if strides is None else strides
         # The buffer starts at the first element and ends with the last one, whatever lies between.
         numel = 1 + sum((n - 1) * s for n, s in zip(parameter.shape, stride, strict=True))
-        builder.buffer(parameter.name, dtype, numel)
+        own = parameter.dtype
+        builder.buffer(parameter.name, dtype if own is None else own, numel)
         for part in parameter.parts:
             builder.tensor(part.tensor, shapes[part.tensor])
             builder.piece(

@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
-from weightsync.planners.rules.canonical import EMBEDDING, LM_HEAD, canonical_tensors
+from weightsync.planners.rules.canonical import (
+    CORRECTION_BIAS,
+    EMBEDDING,
+    LM_HEAD,
+    canonical_dtypes,
+    canonical_tensors,
+)
 from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
 from weightsync.planners.rules.parts import Parameter, Part, rows, whole
 
-__all__ = ["transformers_aliases", "transformers_parameters"]
+__all__ = ["transformers_aliases", "transformers_buffers", "transformers_parameters"]
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -20,7 +26,8 @@ def transformers_parameters(config: ConfigLike) -> Mapping[str, Parameter]:
     """Describes the parameters of a transformers 5 module, whole.
 
     The experts of a layer are two parameters: `mlp.experts.gate_up_proj` [E, 2I, H], gate above up,
-    and `mlp.experts.down_proj` [E, H, I]. All others are canonical tensors.
+    and `mlp.experts.down_proj` [E, H, I]. All others are canonical tensors, those of gpt-oss among
+    them.
 
     Args:
         config: The model.
@@ -32,6 +39,23 @@ def transformers_parameters(config: ConfigLike) -> Mapping[str, Parameter]:
         ConfigError: `config` describes no supported model.
     """
     return _parameters(model_config(config))
+
+
+def transformers_buffers(config: ConfigLike) -> Mapping[str, Parameter]:
+    """Describes the persistent buffers of a transformers 5 module.
+
+    They are in its `state_dict` but no parameters: FSDP2 leaves them whole on every rank.
+
+    Args:
+        config: The model.
+
+    Returns:
+        Buffers by name: the `e_score_correction_bias` of every router that has one.
+
+    Raises:
+        ConfigError: `config` describes no supported model.
+    """
+    return _buffers(model_config(config))
 
 
 def transformers_aliases(config: ConfigLike) -> dict[str, str]:
@@ -50,11 +74,25 @@ def transformers_aliases(config: ConfigLike) -> dict[str, str]:
 
 
 @lru_cache(maxsize=8)
+def _buffers(config: ModelConfig) -> Mapping[str, Parameter]:
+    dtypes = canonical_dtypes(config)
+    return MappingProxyType(
+        {
+            name: whole(name, name, shape, dtypes.get(name))
+            for name, shape in canonical_tensors(config).items()
+            if name.endswith(CORRECTION_BIAS)
+        }
+    )
+
+
+@lru_cache(maxsize=8)
 def _parameters(config: ModelConfig) -> Mapping[str, Parameter]:
     experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
     found: dict[str, Parameter] = {}
     fused: dict[str, list[Part]] = {}
     for name, shape in canonical_tensors(config).items():
+        if name.endswith(CORRECTION_BIAS):
+            continue  # a buffer
         match = _EXPERT.fullmatch(name)
         if match is None:
             found[name] = whole(name, name, shape)

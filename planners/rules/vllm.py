@@ -14,6 +14,8 @@ from weightsync.planners.rules.parts import Parameter, Part, columns, rows, stac
 
 __all__ = ["VllmLayout", "vllm"]
 
+_MODELS = ("llama", "qwen3", "qwen3_moe")
+
 
 @dataclass(frozen=True, slots=True)
 class VllmLayout(RuleLayout):
@@ -186,6 +188,11 @@ def _expert_degree(model: ModelConfig, tp: int, ep: bool | int) -> int:
 
 def _check(model: ModelConfig, tp: int, ep: int, vocab_padding: int) -> None:
     """Refuses what vLLM refuses, or silently drops."""
+    if model.model_type not in _MODELS:
+        raise ConfigError(
+            f"vllm: {model.model_type} is not built yet; built are {', '.join(_MODELS)}",
+            key="model_type",
+        )
     if model.quantization is not None:
         raise ConfigError(
             f"vllm: quantization {model.quantization!r} is not built yet; remove "

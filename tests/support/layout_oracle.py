@@ -53,13 +53,92 @@ TINY_LLAMA: dict[str, Any] = {
     "mlp_bias": True,
     "tie_word_embeddings": False,
 }
-TINY_MODELS = {"qwen3": TINY_QWEN3, "qwen3_moe": TINY_QWEN3_MOE, "llama": TINY_LLAMA}
+TINY_DEEPSEEK_V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 90,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 9,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 1,
+}
+# No compressed queries, biases where the real files have none, every layer sparse.
+TINY_KIMI_K2: dict[str, Any] = {
+    **TINY_DEEPSEEK_V3,
+    "model_type": "kimi_k2",
+    "num_hidden_layers": 1,
+    "q_lora_rank": None,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "attention_bias": True,
+    "num_nextn_predict_layers": 0,
+}
+TINY_GLM4_MOE: dict[str, Any] = {
+    "model_type": "glm4_moe",
+    "vocab_size": 80,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "n_routed_experts": 5,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 1,
+}
+TINY_GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "vocab_size": 110,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
+TINY_MODELS = {
+    "qwen3": TINY_QWEN3,
+    "qwen3_moe": TINY_QWEN3_MOE,
+    "llama": TINY_LLAMA,
+    "deepseek_v3": TINY_DEEPSEEK_V3,
+    "kimi_k2": TINY_KIMI_K2,
+    "glm4_moe": TINY_GLM4_MOE,
+    "gpt_oss": TINY_GPT_OSS,
+}
 
 
 def build_model(config: Mapping[str, Any], device: str = "cpu") -> torch.nn.Module:
     """Builds the real transformers class of a configuration, with seeded weights."""
-    keys = dict(config)
-    made = transformers.AutoConfig.for_model(keys.pop("model_type"), **keys)
+    keys = {key: value for key, value in config.items() if key != "quantization_config"}
+    kind = keys.pop("model_type")
+    # Kimi-K2 is a DeepSeek-V3 by another name, which transformers does not know.
+    kind = "deepseek_v3" if kind == "kimi_k2" else kind
+    made = transformers.AutoConfig.for_model(kind, **keys)
     torch.manual_seed(7)
     with torch.device(device):
         model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(made)
@@ -68,6 +147,9 @@ def build_model(config: Mapping[str, Any], device: str = "cpu") -> torch.nn.Modu
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_()
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_()
     return model
 
 
@@ -77,7 +159,9 @@ def checkpoint(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, T
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.get("tie_word_embeddings", False):
             continue
-        if name.endswith("mlp.experts.gate_up_proj"):
+        if config["model_type"] == "gpt_oss":
+            found[name] = tensor
+        elif name.endswith("mlp.experts.gate_up_proj"):
             prefix = name.removesuffix("gate_up_proj")
             for expert, gate_up in enumerate(tensor):
                 gate, up = gate_up.chunk(2)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from support.layout_oracle import TINY_DEEPSEEK_V3, TINY_GPT_OSS
 from weightsync.errors import ConfigError
-from weightsync.planners.rules import ModelConfig, model_config
+from weightsync.planners.rules import LatentAttention, ModelConfig, model_config
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -49,7 +50,10 @@ def test_number_of_experts_has_two_spellings() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are: llama, qwen3, qwen3_moe"),
+        (
+            {"model_type": "gpt2"},
+            "'gpt2' is not supported; supported are: llama, qwen3, qwen3_moe,",
+        ),
         ({"vocab_size": None}, "no 'vocab_size'"),
         ({"hidden_size": "16"}, "hidden_size must be a positive integer, not '16'"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, not True"),
@@ -68,6 +72,45 @@ def test_wrong_configs_are_refused_by_name(change: dict[str, Any], message: str)
 def test_wrong_list_of_dense_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="mlp_only_layers"):
         ModelConfig.from_dict({**MOE, "mlp_only_layers": "1"})
+
+
+def test_latent_attention_needs_its_widths() -> None:
+    config = ModelConfig.from_dict(TINY_DEEPSEEK_V3)
+    assert config.latent == LatentAttention(10, 9, 6, 4, 5)
+    assert config.head_dim == 10
+    assert ModelConfig.from_dict({**TINY_DEEPSEEK_V3, "q_lora_rank": None}).latent is not None
+    for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        with pytest.raises(ConfigError, match=f"no '{key}'"):
+            ModelConfig.from_dict({**TINY_DEEPSEEK_V3, key: None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_routed_experts": None}, "n_routed_experts"),
+        ({"n_shared_experts": -1}, "n_shared_experts must be an integer from 0 on, not -1"),
+        ({"n_shared_experts": 1 << 40}, "n_shared_experts .* is beyond"),
+        ({"first_k_dense_replace": None}, "no 'first_k_dense_replace'"),
+        ({"first_k_dense_replace": "1"}, "first_k_dense_replace must be an integer from 0 on"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq must be 1, not 2"),
+        ({"q_lora_rank": 0}, "q_lora_rank must be a positive integer, not 0"),
+    ],
+)
+def test_wrong_numbers_of_experts_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_dict({**TINY_DEEPSEEK_V3, **change})
+
+
+def test_gpt_oss_has_defaults_of_its_own() -> None:
+    config = {k: v for k, v in TINY_GPT_OSS.items() if k not in ("head_dim", "attention_bias")}
+    made = ModelConfig.from_dict(config)
+    assert (made.head_dim, made.attention_bias, made.output_bias) == (64, True, True)
+    assert made.moe_intermediate_size == made.intermediate_size == 64
+
+
+def test_no_more_dense_layers_than_layers() -> None:
+    config = {**TINY_DEEPSEEK_V3, "first_k_dense_replace": 9}
+    assert ModelConfig.from_dict(config).sparse_layers == frozenset()
 
 
 def test_a_config_comes_from_a_file_a_folder_or_a_value(tmp_path: Path) -> None:

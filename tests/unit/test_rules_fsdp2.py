@@ -6,6 +6,7 @@ from torch import Tensor
 
 from support.layout_oracle import TINY_MODELS, build_model, checkpoint, read_buffers
 from weightsync.errors import ConfigError
+from weightsync.ir.dtypes import Dtype
 from weightsync.planners import rules
 
 
@@ -22,6 +23,9 @@ def test_shards_are_the_chunks_of_the_module(name: str, fsdp: int) -> None:
             chunks = parameter.detach().chunk(fsdp)
             if rank < len(chunks):
                 expected[parameter_name] = chunks[rank].flatten()
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                expected[buffer_name] = buffer  # fully_shard leaves buffers alone
         buffers = read_buffers(layout.manifest(rank), named)
         assert buffers.keys() == expected.keys()
         for parameter_name, tensor in expected.items():
@@ -39,8 +43,17 @@ def test_copies_of_a_hybrid_mesh_are_equal() -> None:
             assert (getattr(one.pieces, column) == getattr(other.pieces, column)).all()
 
 
-def test_a_checkpoint_is_whole_on_every_rank() -> None:
-    config = TINY_MODELS["qwen3_moe"]
+def test_buffers_keep_their_dtype() -> None:
+    manifest = rules.fsdp2(TINY_MODELS["deepseek_v3"], fsdp=2, dtype="BF16").manifest(1)
+    codes = dict(zip(manifest.buffers.names, manifest.buffers.dtype, strict=True))
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert codes.pop(bias) == Dtype.F32
+    assert set(codes.values()) == {Dtype.BF16}
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_checkpoint_is_whole_on_every_rank(name: str) -> None:
+    config = TINY_MODELS[name]
     named = checkpoint(build_model(config), config)
     layout = rules.hf(config, world=2, dtype="F32")
     for rank in range(2):

@@ -161,6 +161,7 @@ def test_buffers_have_the_dtype_asked_for(dtype: str) -> None:
         (TINY_QWEN3, {"tp": 2, "ep": True}, "has no experts"),
         (TINY_QWEN3, {"dtype": "F8_E4M3"}, "none of BF16, F16, F32"),
         ({**TINY_QWEN3, "attention_bias": True}, {}, "o_proj has no bias"),
+        (TINY_MODELS["gpt_oss"], {}, "gpt_oss is not built yet; built are llama"),
         (
             {**TINY_QWEN3, "quantization_config": {"quant_method": "fp8"}},
             {},

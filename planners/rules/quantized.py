@@ -1,0 +1,101 @@
+"""Quantized checkpoints: what stands there in place of a BF16 tensor."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from weightsync.errors import ConfigError
+from weightsync.ir.dtypes import Dtype
+from weightsync.planners.rules.config import ModelConfig
+
+__all__ = ["MX_BLOCK", "quantized_tensor"]
+
+MX_BLOCK = 32
+"""Elements that share a scale in MXFP4 (OCP Microscaling Formats 1.0, section 5)."""
+
+Shape = tuple[int, ...]
+
+# What block FP8 quantizes: Linear layers. Routers, norms and embeddings are none, and no checkpoint
+# of these families quantizes its head.
+_LINEAR = re.compile(r"(.+\.(?:\w+_proj|kv_a_proj_with_mqa))\.weight")
+_MX_EXPERTS = re.compile(r"(.+\.mlp\.experts)\.(?:gate_up|down)_proj")
+
+
+def quantized_tensor(
+    config: ModelConfig, name: str, shape: Shape
+) -> dict[str, tuple[Shape, Dtype]] | None:
+    """Tells what a quantized checkpoint holds in place of a BF16 tensor.
+
+    Args:
+        config: The model, with its quantization.
+        name: Canonical name of the tensor in the BF16 checkpoint.
+        shape: Its shape.
+
+    Returns:
+        Shape and dtype of each tensor that takes its place, by name; None: it is there unchanged.
+
+    Raises:
+        ConfigError: The model has no quantization, or one that is not known.
+    """
+    if config.quantization == "fp8" and config.weight_block_size is not None:
+        return _block_fp8(config, name, shape, config.weight_block_size)
+    if config.quantization == "mxfp4" and config.model_type == "gpt_oss":
+        return _mxfp4(config, name, shape)
+    if config.quantization is None:
+        problem = "has no quantization_config"
+    elif config.quantization == "fp8":
+        problem = "quantizes to fp8 without a weight_block_size"
+    else:
+        problem = f"has quant_method {config.quantization!r}"
+    raise ConfigError(
+        f"{config.model_type}: the config {problem}; known checkpoints are block fp8 and, of "
+        "gpt_oss, mxfp4",
+        key="quantization_config",
+    )
+
+
+def _block_fp8(
+    config: ModelConfig, name: str, shape: Shape, block: tuple[int, int]
+) -> dict[str, tuple[Shape, Dtype]] | None:
+    match = _LINEAR.fullmatch(name)
+    if match is None or _is_unconverted(config, match[1]):
+        return None
+    scales = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    return {name: (shape, Dtype.F8_E4M3), name + "_scale_inv": (scales, Dtype.F32)}
+
+
+def _mxfp4(config: ModelConfig, name: str, shape: Shape) -> dict[str, tuple[Shape, Dtype]] | None:
+    match = _MX_EXPERTS.fullmatch(name)
+    if match is None or _is_unconverted(config, match[1]):
+        return None
+    experts, depth, rows = shape
+    if depth % MX_BLOCK:
+        raise ConfigError(
+            f"{config.model_type}: mxfp4 needs a depth that is a multiple of {MX_BLOCK}, but "
+            f"{name} has {depth}",
+            key="quantization_config",
+            tensor=name,
+        )
+    blocks = depth // MX_BLOCK
+    return {
+        # Two values of four bits a byte, along the depth.
+        name + "_blocks": ((experts, rows, blocks, MX_BLOCK // 2), Dtype.U8),
+        name + "_scales": ((experts, rows, blocks), Dtype.U8),
+    }
+
+
+def _is_unconverted(config: ModelConfig, module: str) -> bool:
+    """Whether `modules_to_not_convert` names a module, one above it, or the end of its name."""
+    pattern = _pattern(config.unconverted_modules)
+    return pattern is not None and pattern.search(module) is not None
+
+
+@lru_cache(maxsize=8)
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
+    if not names:
+        return None
+    # Whole words between dots only: `mlp.gate` is not `mlp.gate_proj`, layer 1 is not layer 11.
+    escaped = (".*".join(re.escape(part) for part in name.split("*")) for name in names)
+    joined = "|".join(escaped)
+    return re.compile(rf"^(?:{joined})(?:\.|$)|(?:^|\.)(?:{joined})$")
