@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from weightsync.errors import ConfigError, PlanBudgetError
-from weightsync.ir.layout import Layout
+from weightsync.ir.layout import Layout, SourceLayout
 from weightsync.ir.plan import PlanOptions
 from weightsync.report import Stage, VersionReport
 from weightsync.runtime.receiver import Receiver
@@ -219,7 +219,8 @@ class Source:
         weights: A module (FSDP2 or plain), or tensors by canonical name. Borrowed: read in
             place while a version is open, never copied or gathered.
         job: Where to publish; None reads $WEIGHTSYNC_JOB.
-        layout: How this side holds canonical tensors; None derives it from `weights`.
+        layout: How this side holds canonical tensors; None derives it from `weights`. An
+            engine's, such as `rules.vllm(...)`, publishes what that engine serves.
         rank: None: torch.distributed if initialised, else $RANK.
         world_size: Likewise, else $WORLD_SIZE.
         dtype: Unused dtype conversions are decided by the sinks; a value here is checked
@@ -264,6 +265,8 @@ class Source:
             )
         settings, credentials = _resolve(job, timeout_s)
         self._timeout_s = settings.timeout_s
+        if layout is not None:
+            layout = SourceLayout(layout)
         held = SourceWeights(weights, layout=layout, rank=self.rank, dtype=dtype)
         self._weights = held
         self._fabric = open_for_job(fabric, threads=threads, options=fabric_options)
