@@ -17,11 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.gloo import run_ranks
 from support.layout_oracle import (
+    TINY_DEEPSEEK_V3,
+    TINY_GPT_OSS,
     TINY_QWEN3,
     TINY_QWEN3_MOE,
+    assert_holds,
     build_model,
     checkpoint,
-    piece_rows,
     read_buffers,
 )
 from weightsync.errors import LayoutError
@@ -39,20 +41,8 @@ def sharded(config: dict[str, Any], mesh: DeviceMesh) -> tuple[nn.Module, dict[s
     return model, named
 
 
-def assert_holds(live: LiveLayout, named: dict[str, Tensor]) -> None:
-    """The memory behind the manifest holds what the manifest says, element by element."""
-    tensors = live.tensors()
-    manifest = live.manifest()
-    assert set(tensors) == set(manifest.buffers.names)
-    for row in piece_rows(manifest):
-        assert row.tensor is not None
-        box = tuple(
-            slice(lo, lo + step * (n - 1) + 1, step)
-            for lo, n, step in zip(row.lo, row.n, row.step, strict=True)
-        )
-        memory = tensors[row.buffer]
-        held = memory.as_strided(row.n, row.stride, memory.storage_offset() + row.offset)
-        assert torch.equal(held, named[row.tensor][box]), row
+def assert_live_holds(live: LiveLayout, named: dict[str, Tensor]) -> None:
+    assert_holds(live.tensors(), live.manifest(), named)
 
 
 def assert_equals_rule(
@@ -62,7 +52,7 @@ def assert_equals_rule(
     live = module_layout(model)
     layout = rules.fsdp2(config, fsdp=fsdp, replicate=replicate)
     assert live.manifest().to_bytes() == layout.manifest(dist.get_rank()).to_bytes()
-    assert_holds(live, named)
+    assert_live_holds(live, named)
     read_buffers(live.manifest(), named)  # every element of every buffer exactly once
     assert set(live.skipped) >= {"model.rotary_emb.inv_freq"}
 
@@ -78,7 +68,7 @@ def assert_unsharded_is_resharded(mesh: DeviceMesh) -> None:
     live = module_layout(model)
     assert isinstance(model.model.norm.weight, DTensor)
     model.unshard()
-    assert_holds(live, named)
+    assert_live_holds(live, named)
     assert (
         live.manifest().to_bytes()
         == rules.fsdp2(TINY_QWEN3, fsdp=3).manifest(dist.get_rank()).to_bytes()
@@ -97,6 +87,9 @@ def check_ranks(rank: int) -> None:
     assert_outsiders_hold_nothing(three)
     # 6 experts on 4 ranks: 2, 2, 2, 0.
     assert_equals_rule(TINY_QWEN3_MOE, flat, fsdp=4)
+    # A buffer that stays whole, and experts in one tensor with their inputs first.
+    assert_equals_rule(TINY_DEEPSEEK_V3, flat, fsdp=4)
+    assert_equals_rule(TINY_GPT_OSS, hybrid, fsdp=2, replicate=2)
     assert_equals_rule(TINY_QWEN3, hybrid, fsdp=2, replicate=2)
     assert_equals_rule(TINY_QWEN3_MOE, hybrid, fsdp=2, replicate=2)
     assert_steps_are_seen(hybrid)
@@ -157,7 +150,7 @@ def assert_own_names(mesh: DeviceMesh) -> None:
     assert set(live.manifest().buffers.names) == expected
     assert "second.weight" not in live.manifest().tensors.names
     assert live.skipped == ("cache",)
-    assert_holds(live, named)
+    assert_live_holds(live, named)
 
 
 def assert_older_wrappers() -> None:
@@ -188,18 +181,26 @@ def assert_any_placement(mesh: DeviceMesh) -> None:
             stride=whole.stride(),
         ),
     }
-    assert_holds(module_layout(placed), named)
+    assert_live_holds(module_layout(placed), named)
 
 
 def assert_unsupported_placements_are_named(mesh: DeviceMesh) -> None:
     local = torch.zeros(2, 4)
-    for placements in (
-        [_StridedShard(0, split_factor=2), Shard(0)],
-        [Partial(), Replicate()],
-    ):
-        tensor = DTensor.from_local(local, mesh, placements, run_check=False)
-        with pytest.raises(LayoutError, match=r"odd has placements .*supported are Shard"):
-            module_layout({"odd": tensor})
+    tensor = DTensor.from_local(local, mesh, [Partial(), Replicate()], run_check=False)
+    with pytest.raises(LayoutError, match=r"odd has placements .*supported are Shard"):
+        module_layout({"odd": tensor})
+    # Gate over up, cut by tensor parallelism and then by FSDP2: what FSDP2 writes down then means
+    # other rows of the same number to torch itself.
+    packed = [_StridedShard(0, split_factor=2), _StridedShard(0, split_factor=2)]
+    tensor = DTensor.from_local(local, mesh, packed, run_check=False)
+    with pytest.raises(LayoutError, match="which elements of dimension 0 is not said"):
+        module_layout({"odd": tensor})
+    placed = DTensor.from_local(
+        local, mesh, [Shard(0), Shard(0)], run_check=False, shape=torch.Size([9, 4]), stride=(4, 1)
+    )
+    if dist.get_rank() == 0:
+        with pytest.raises(LayoutError, match="placements give dimension 0 another size"):
+            module_layout({"odd": placed})
 
 
 def test_live_modules_equal_the_rules(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ DEADLINE_S: Final = 50.0
 _PRELOAD: Final = [
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "transformers.models.gpt_oss.modeling_gpt_oss",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
 ]

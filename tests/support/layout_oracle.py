@@ -235,3 +235,31 @@ def read_buffers(
     for name, count in times.items():
         assert count.eq(1).all(), f"{name}: elements written other than once"
     return filled
+
+
+def assert_holds(
+    tensors: Mapping[str, Tensor], manifest: Manifest, named: Mapping[str, Tensor]
+) -> None:
+    """The memory behind a manifest holds what the manifest says, element by element."""
+    assert set(tensors) == set(manifest.buffers.names)
+    for row in piece_rows(manifest):
+        assert row.tensor is not None
+        box = tuple(
+            slice(lo, lo + step * (n - 1) + 1, step)
+            for lo, n, step in zip(row.lo, row.n, row.step, strict=True)
+        )
+        memory = tensors[row.buffer]
+        held = memory.as_strided(row.n, row.stride, memory.storage_offset() + row.offset)
+        assert torch.equal(held, named[row.tensor][box]), row
+
+
+def number_elements(model: torch.nn.Module) -> None:
+    """Fills a model so that no two elements are equal, and each says where it belongs."""
+    next_code = 1
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                codes = torch.arange(next_code, next_code + tensor.numel(), dtype=torch.float32)
+                tensor.copy_(codes.reshape(tensor.shape))
+                next_code += tensor.numel()
+    assert next_code < 1 << 24, "more elements than float32 can number"

@@ -39,7 +39,8 @@ def module_layout(
 ) -> LiveLayout:
     """Describes live weights of this process.
 
-    Plain modules, modules under `fully_shard` (FSDP2; also HSDP) and mappings of tensors, DTensors
+    Plain modules, modules under `fully_shard` (FSDP2; also HSDP, and over tensor or expert
+    parallelism) and mappings of tensors, DTensors of any `Shard`, `_StridedShard` and `Replicate`
     among them, are understood. Modules of the transformers models that the rules know get the names
     of their Hugging Face checkpoint; the names of all others are canonical as they stand. FSDP
     modules that are unsharded at this moment are resharded; nothing is communicated.
@@ -141,7 +142,7 @@ class LiveLayout:
                 if parameter is None:
                     unknown.append(name)
                 else:
-                    parts |= dict.fromkeys(parameter.shard(site.lo, site.n).parts)
+                    parts |= dict.fromkeys(parameter.collected(site.n, site.boxes).parts)
             local = Parameter(site.names[0], site.n, tuple(parts))
             write(builder, [local], self._shapes(site), site.dtype, site.stride)
         if unknown:

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightsync.errors import LayoutError
 from weightsync.ir.dtypes import Dtype
+from weightsync.live.placements import local_boxes
+from weightsync.planners.rules.parts import Box
 
-__all__ = ["Site", "Weights", "live_sites", "named_tensors", "skipped_buffers", "unwrapped"]
+__all__ = ["TORCH_DTYPES", "Site", "Weights", "live_sites", "named_tensors", "skipped_buffers", "unwrapped"]
 
 Weights = nn.Module | Mapping[str, Tensor]
 Index = tuple[int, ...]
@@ -39,19 +41,20 @@ _DTYPES = {
     torch.int64: Dtype.I64,
     torch.float64: Dtype.F64,
 }
+TORCH_DTYPES = {kind: dtype for dtype, kind in _DTYPES.items()}
 # Wrappers that put a word into every name below them without changing the weights.
 _WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Local memory that holds a box of a parameter, and every name that leads to it.
+    """Local memory that holds boxes of a parameter, and every name that leads to it.
 
     Args:
         names: Names of the parameter; more than one if weights are tied.
         shape: Shape of the whole parameter; a scalar has shape (1,).
-        lo: First element held here.
         n: Elements held here along each dimension; none is zero.
+        boxes: Boxes of the parameter that they are, with their places in the memory.
         stride: Strides of the memory, in elements.
         local: The memory, from its first element on; detached.
         dtype: Type of the elements.
@@ -61,8 +64,8 @@ class Site:
 
     names: tuple[str, ...]
     shape: Index
-    lo: Index
     n: Index
+    boxes: tuple[Box, ...]
     stride: Index
     local: Tensor
     dtype: Dtype
@@ -92,7 +95,7 @@ def live_sites(weights: Weights) -> list[Site]:
         # Tensors on the meta device have no address; only the same object is the same memory.
         is_meta = site.local.device.type == "meta"
         address = id(tensor) if is_meta else site.local.data_ptr()
-        key = (address, site.local.device, site.shape, site.lo, site.n, site.stride, site.dtype)
+        key = (address, site.local.device, site.shape, site.boxes, site.stride, site.dtype)
         if key in found:
             num_writes = found[key].num_writes + site.num_writes
             site = replace(found[key], names=(*found[key].names, name), num_writes=num_writes)
@@ -180,26 +183,21 @@ def _site(name: str, tensor: Tensor) -> Site | None:
     if hasattr(tensor, "ds_tensor"):  # its own shape is (0,) while it is partitioned
         raise LayoutError(f"{name} is partitioned by DeepSpeed ZeRO-3: not built yet", tensor=name)
     shape = tuple(tensor.shape) or (1,)
-    lo: Index | None = (0,) * len(shape)
-    n = shape
     local = tensor.detach()
     if isinstance(tensor, DTensor):
-        lo, n = _local_box(name, tensor)
         with torch.no_grad():  # with gradients on, to_local() puts a node into the graph
             local = tensor.to_local().detach()
     _check(name, local)
-    if lo is None or 0 in n:
+    n = tuple(local.shape) or (1,)
+    boxes: tuple[Box, ...] = (Box((0,) * len(n), n, (0,) * len(n)),)
+    if isinstance(tensor, DTensor):
+        boxes = local_boxes(name, tensor, local)
+    if not boxes or 0 in n:
         return None
-    if (tuple(local.shape) or (1,)) != n:
-        raise LayoutError(
-            f"{name}: its placements give this rank the shape {n}, but the local tensor has "
-            f"{tuple(local.shape)}",
-            tensor=name,
-        )
     stride = tuple(local.stride()) or (1,)
     # An optimizer's step on a DTensor counts up the DTensor alone, not the local tensor inside.
     num_writes = _num_writes(local) + (_num_writes(tensor) if isinstance(tensor, DTensor) else 0)
-    return Site((name,), shape, lo, n, stride, local, _DTYPES[local.dtype], num_writes)
+    return Site((name,), shape, n, boxes, stride, local, _DTYPES[local.dtype], num_writes)
 
 
 def _num_writes(tensor: Tensor) -> int:
@@ -227,38 +225,3 @@ def _check(name: str, local: Tensor) -> None:
             f"{name} is expanded: several of its elements share memory; make it contiguous",
             tensor=name,
         )
-
-
-def _local_box(name: str, tensor: DTensor) -> tuple[Index | None, Index]:
-    """The box of the whole tensor that this process holds: first element and size."""
-    _check_placements(name, tensor)
-    lo, n = [0] * tensor.ndim, list(tensor.shape)
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
-        return None, tuple(n)  # this process is not in the mesh
-    for axis, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard):
-            # Chunks of ceil(n / size), the last ones short or empty; outer axes cut first.
-            dim = placement.dim
-            chunk = -(-n[dim] // tensor.device_mesh.size(axis))
-            start = min(coordinate[axis] * chunk, n[dim])
-            lo[dim] += start
-            n[dim] = min(chunk, n[dim] - start)
-    return tuple(lo) or (0,), tuple(n) or (1,)
-
-
-def _check_placements(name: str, tensor: DTensor) -> None:
-    # Newer torch can cut one dimension along several axes in another order than the mesh's.
-    order = getattr(tensor._spec, "shard_order", None)
-    if order is None:
-        order = ()
-    in_order = all(list(entry.mesh_dims) == sorted(entry.mesh_dims) for entry in order)
-    # Exact types: older torch makes _StridedShard a Shard, which it is not for us.
-    if in_order and all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
-        return
-    raise LayoutError(
-        f"{name} has placements {tensor.placements}; supported are Shard(dim) and Replicate(), cut "
-        "in the order of the mesh axes (FSDP2 and HSDP; FSDP2 with tensor parallelism is not "
-        "built yet)",
-        tensor=name,
-    )
