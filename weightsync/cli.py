@@ -181,6 +181,160 @@ def bench_fabric(
     execute("bench_fabric", run, as_json=as_json, debug=debug)
 
 
+JobOption = Annotated[
+    str | None,
+    typer.Option(
+        "--job", metavar="URL", help=f"unix:PATH or grpcs://HOST:PORT. Default: ${ENV_JOB}."
+    ),
+]
+RankOption = Annotated[int, typer.Option(help="Of this process, from 0.")]
+WorldOption = Annotated[int, typer.Option(help="Processes that share the checkpoint.")]
+AddressOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="IP", help="Of this host, for tcp; one per rail, may be repeated."),
+]
+ThreadsOption = Annotated[int, typer.Option(help="Of the copy and digest kernels.")]
+TimeoutOption = Annotated[
+    str, typer.Option(metavar="TIME", help="For the whole version, with waiting: 90, 10min.")
+]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  weightsync load Qwen3-8B --job unix:/run/rl/job --until adopted\n\n"
+    "  weightsync load Qwen3-8B --job grpcs://trainer-0:7431 --fabric tcp --address 10.0.0.5\n\n"
+    "  weightsync load Qwen3-8B --rank 1 --world-size 4 --json\n\n"
+)
+def load(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder with safetensors files, their index, or one file.")
+    ],
+    job: JobOption = None,
+    version: Annotated[int | None, typer.Option(help="Its number. Default: the next.")] = None,
+    tag: Annotated[str, typer.Option(help="Carried along. Default: the checkpoint's path.")] = "",
+    until: Annotated[str, typer.Option(help="Return when committed or adopted.")] = "committed",
+    rank: RankOption = 0,
+    world_size: WorldOption = 1,
+    staging: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory for packed bytes. Default: two buckets."),
+    ] = None,
+    fabric: Annotated[str, typer.Option(help=FABRIC_HELP)] = "local",
+    address: AddressOption = None,
+    threads: ThreadsOption = 1,
+    timeout: TimeoutOption = "10min",
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Publish a checkpoint to the sinks of a job, whatever their layout: cold start.
+
+    Files are mapped, never loaded whole. Waits for the job's replicas.
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.checkpoint.commands import LoadOptions, run_load
+        from weightsync.units import parse_bytes, parse_seconds
+
+        options = LoadOptions(
+            job=job,
+            rank=rank,
+            world_size=world_size,
+            fabric=fabric,
+            addresses=[] if address is None else address,
+            threads=threads,
+            timeout_s=parse_seconds(timeout),
+            checkpoint=checkpoint,
+            version=version,
+            tag=tag if tag else str(checkpoint),
+            until=until,
+            staging_bytes=None if staging is None else parse_bytes(staging),
+        )
+        return _interruptible(lambda: run_load(options, console))
+
+    execute("load", run, as_json=as_json, debug=debug)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  weightsync export --job unix:/run/rl/job --out step-400 --like Qwen3-8B\n\n"
+    "  weightsync export --out step-400 --config config.json --max-file 2GB --json\n\n"
+    "  weightsync export --out step-400 --like Qwen3-8B --rank 1 --world-size 4\n\n"
+)
+def export(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    job: JobOption = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A checkpoint of the model: gives tensors and dtypes; its config.json, tokenizer "
+            "and other small files are copied.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead: the model's config.json.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="BF16, F16 or F32. Default: as in --like, else BF16.")
+    ] = None,
+    max_file: Annotated[
+        str, typer.Option(metavar="SIZE", help="Weights are cut into files of this size.")
+    ] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DIR.")] = False,
+    version: Annotated[
+        int | None, typer.Option(help="Smallest to accept. Default: the next that is committed.")
+    ] = None,
+    replica: Annotated[
+        str | None, typer.Option(metavar="NAME", help="In the job. Default: made of DIR.")
+    ] = None,
+    rank: RankOption = 0,
+    world_size: WorldOption = 1,
+    fabric: Annotated[str, typer.Option(help=FABRIC_HELP)] = "local",
+    address: AddressOption = None,
+    threads: ThreadsOption = 1,
+    timeout: TimeoutOption = "10min",
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Join a job as one more replica and write one version as a Hugging Face checkpoint.
+
+    DIR appears when the version is committed, verified and on disk, or not at all.
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.checkpoint.commands import ExportOptions, run_export
+        from weightsync.units import parse_bytes, parse_seconds
+
+        options = ExportOptions(
+            job=job,
+            rank=rank,
+            world_size=world_size,
+            fabric=fabric,
+            addresses=[] if address is None else address,
+            threads=threads,
+            timeout_s=parse_seconds(timeout),
+            out=out,
+            config=config,
+            like=like,
+            dtype=dtype,
+            max_file_bytes=parse_bytes(max_file),
+            overwrite=force,
+            version=version,
+            replica=replica,
+        )
+        return _interruptible(lambda: run_export(options, console))
+
+    execute("export", run, as_json=as_json, debug=debug)
+
+
+def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Turn SIGINT and SIGTERM into one KeyboardInterrupt, so that cleaning up is not cut short."""
+    from weightsync.demo.workspace import Interrupts
+
+    with Interrupts() as interrupts, interrupts.allowed():
+        return work()
+
+
 @app.command()
 def doctor(as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
     """Say what this host can do, and what to install for more."""

@@ -41,10 +41,8 @@ def test_every_make_target_exists() -> None:
 
 def test_every_option_exists() -> None:
     runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
-    demo, bench = (
-        runner.invoke(app, [*command, "--help"]).output
-        for command in (["demo"], ["bench", "transfer"])
-    )
+    commands = (["demo"], ["bench", "transfer"], ["load"], ["export"])
+    helps = "".join(runner.invoke(app, [*command, "--help"]).output for command in commands)
     options = set(re.findall(r"--[a-z]+", README))
     assert options >= {"--kill", "--mode", "--model"}
-    assert {option for option in options if option not in demo + bench} == set()
+    assert {option for option in options if option not in helps} == set()
