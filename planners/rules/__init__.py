@@ -16,6 +16,13 @@ from weightsync.planners.rules.config import (
 from weightsync.planners.rules.fsdp2 import Fsdp2Layout, fsdp2
 from weightsync.planners.rules.hf import HfLayout, hf
 from weightsync.planners.rules.layout import RuleLayout
+from weightsync.planners.rules.torchtitan import (
+    torchtitan_aliases,
+    torchtitan_buffers,
+    torchtitan_parameter,
+    torchtitan_parameters,
+    torchtitan_skips,
+)
 from weightsync.planners.rules.transformers import (
     transformers_aliases,
     transformers_buffers,
@@ -37,6 +44,11 @@ __all__ = [
     "fsdp2",
     "hf",
     "model_config",
+    "torchtitan_aliases",
+    "torchtitan_buffers",
+    "torchtitan_parameter",
+    "torchtitan_parameters",
+    "torchtitan_skips",
     "transformers_aliases",
     "transformers_buffers",
     "transformers_parameters",

@@ -31,6 +31,7 @@ from support.layout_oracle import (
     TINY_DEEPSEEK_V3,
     TINY_GLM4_MOE,
     TINY_GPT_OSS,
+    TINY_LLAMA,
     TINY_QWEN3,
     TINY_QWEN3_MOE,
     assert_holds,
@@ -39,6 +40,7 @@ from support.layout_oracle import (
     number_elements,
     read_buffers,
 )
+from support.titan import titan_module
 from weightsync.errors import LayoutError
 from weightsync.live.layout import module_layout
 
@@ -53,9 +55,11 @@ def numbered(config: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, {name: tensor.clone() for name, tensor in checkpoint(model, config).items()}
 
 
-def assert_described(weights: nn.Module, named: dict[str, Tensor]) -> None:
+def assert_described(
+    weights: nn.Module, named: dict[str, Tensor], config: dict[str, Any] | None = None
+) -> None:
     """Every element of local memory is described once, and is what the description says."""
-    live = module_layout(weights)
+    live = module_layout(weights, config=config)
     read_buffers(live.manifest(), named)
     assert_holds(live.tensors(), live.manifest(), named)
     local = sum(tensor.numel() for tensor in live.tensors().values())
@@ -182,6 +186,32 @@ def check_expert_parallel(rank: int) -> None:
         assert_described(model, named)
 
 
+def check_torchtitan(rank: int) -> None:
+    """As torchtitan 0.3 cuts (`apply_fsdp` in torchtitan/distributed/fsdp.py, `sharding.py`)."""
+    flat = init_device_mesh("cpu", (4,))
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "model"))
+    plain_llama = {**TINY_LLAMA, "attention_bias": False, "mlp_bias": False}
+    for config in (plain_llama, TINY_QWEN3_MOE, TINY_DEEPSEEK_V3):
+        _, named = numbered(config)
+        for dim in (0, 1):
+            module = titan_module(named, config)
+            for name, _ in list(module.named_parameters()):
+                if name.endswith(("_EFD", "_EDF", ".wqkv.weight", ".wkv_b.weight", ".w1.weight")):
+                    placed(module, name, two["model"], Shard(0))
+                elif name.endswith((".wo.weight", ".w2.weight")):
+                    placed(module, name, two["model"], Shard(1))
+            for layer in module.get_submodule("layers").children():
+                if hasattr(layer, "moe"):
+                    experts = layer.moe.routed_experts.inner_experts
+                    placement = Shard(dim)
+                    fully_shard(
+                        experts, mesh=two["dp"], shard_placement_fn=lambda _, p=placement: p
+                    )
+                fully_shard(layer, mesh=two["dp"])
+            fully_shard(module, mesh=flat)
+            assert_described(module, named, config)
+
+
 def check_all_placements(rank: int) -> None:
     whole = torch.arange(1.0, 1.0 + 7 * 5 * 6).reshape(7, 5, 6)
     kinds: list[Placement] = [Replicate(), Shard(0), Shard(2)]
@@ -205,7 +235,8 @@ def check_all_placements(rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", [check_tensor_parallel, check_expert_parallel, check_all_placements]
+    "check",
+    [check_tensor_parallel, check_expert_parallel, check_torchtitan, check_all_placements],
 )
 def test_every_element_is_where_its_description_says(
     check: Callable[[int], None], tmp_path: Path

@@ -23,6 +23,7 @@ from weightsync.live.sites import (
 from weightsync.planners.rules.canonical import canonical_tensors
 from weightsync.planners.rules.config import SUPPORTED_MODELS, ModelConfig
 from weightsync.planners.rules.parts import Parameter, Part, whole, write
+from weightsync.planners.rules.torchtitan import torchtitan_parameter, torchtitan_skips
 from weightsync.planners.rules.transformers import transformers_aliases, transformers_parameters
 
 __all__ = ["LiveLayout", "fingerprint", "match_buffers", "module_layout"]
@@ -41,14 +42,15 @@ def module_layout(
 
     Plain modules, modules under `fully_shard` (FSDP2; also HSDP, and over tensor or expert
     parallelism) and mappings of tensors, DTensors of any `Shard`, `_StridedShard` and `Replicate`
-    among them, are understood. Modules of the transformers models that the rules know get the names
-    of their Hugging Face checkpoint; the names of all others are canonical as they stand. FSDP
-    modules that are unsharded at this moment are resharded; nothing is communicated.
+    among them, are understood. Modules of transformers and torchtitan that the rules know get the
+    names of their Hugging Face checkpoint; the names of all others are canonical as they stand.
+    FSDP modules that are unsharded at this moment are resharded; nothing is communicated.
 
     Args:
         weights: The module, or tensors by parameter name.
         config: Content of the model's `config.json`, so that names mean what they mean in
-            transformers. None: the module's own `config` if the rules know its model type.
+            transformers, or in torchtitan, whose modules have no such config. None: the module's
+            own `config` if the rules know its model type.
         rank: Number of this process on its side. None: torch.distributed if initialised, else
             $RANK, else 0.
         side: Whether the weights are published (`source`) or overwritten (`sink`).
@@ -75,14 +77,16 @@ class LiveLayout:
 
     Attributes:
         rank: Number of this process on its side.
-        skipped: Buffers that no checkpoint stores, and that are not moved.
+        skipped: Tensors that no checkpoint stores, and that are not moved: buffers that are not
+            persistent, and what `rules.torchtitan_skips` names.
     """
 
     def __init__(self, weights: Weights, config: ModelConfig | None, rank: int, side: Side) -> None:
         self.rank = rank
-        self.skipped = skipped_buffers(weights)
         self._weights = weights
         self._config = config
+        homeless = (s.names[0] for s in live_sites(weights) if self._has_no_place(s))
+        self.skipped = (*skipped_buffers(weights), *homeless)
         self._side = side
         self._manifest = self._describe()
 
@@ -118,7 +122,7 @@ class LiveLayout:
         Raises:
             LayoutError: Tensors came or went since the layout was made, or cannot be described.
         """
-        found = {site.names[0]: site.local for site in live_sites(self._weights)}
+        found = {site.names[0]: site.local for site in self._sites()}
         names = self._manifest.buffers.names
         if found.keys() != set(names):
             changed = sorted(found.keys() ^ set(names))
@@ -131,10 +135,17 @@ class LiveLayout:
             )
         return {name: found[name] for name in names}
 
+    def _sites(self) -> list[Site]:
+        return [site for site in live_sites(self._weights) if not self._has_no_place(site)]
+
+    def _has_no_place(self, site: Site) -> bool:
+        config = self._config
+        return config is not None and all(torchtitan_skips(config, name) for name in site.names)
+
     def _describe(self) -> Manifest:
         builder = ManifestBuilder(self._side, f"{self._side} {self.rank}")
         unknown: list[str] = []
-        for site in live_sites(self._weights):
+        for site in self._sites():
             # Tied names usually mean the same parts; where they do not, the memory holds them all.
             parts: dict[Part, None] = {}
             for name in site.names:
@@ -168,7 +179,9 @@ class LiveLayout:
         true_name = transformers_aliases(self._config).get(name, name)
         parameter = transformers_parameters(self._config).get(true_name)
         if parameter is None:
-            # transformers 4 keeps experts apart, under their canonical names.
+            parameter = torchtitan_parameter(self._config, name)
+        if parameter is None:
+            # Buffers, and experts of transformers 4: apart, under their canonical names.
             shape = canonical_tensors(self._config).get(true_name)
             if shape is None:
                 return None

@@ -18,7 +18,15 @@ from weightsync.ir.dtypes import Dtype
 from weightsync.live.placements import local_boxes
 from weightsync.planners.rules.parts import Box
 
-__all__ = ["TORCH_DTYPES", "Site", "Weights", "live_sites", "named_tensors", "skipped_buffers", "unwrapped"]
+__all__ = [
+    "TORCH_DTYPES",
+    "Site",
+    "Weights",
+    "live_sites",
+    "named_tensors",
+    "skipped_buffers",
+    "unwrapped",
+]
 
 Weights = nn.Module | Mapping[str, Tensor]
 Index = tuple[int, ...]

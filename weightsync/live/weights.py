@@ -22,7 +22,7 @@ from weightsync.errors import (
     SourceMutatedError,
 )
 from weightsync.ir.dtypes import ITEMSIZE
-from weightsync.live.layout import match_buffers, module_layout
+from weightsync.live.layout import LiveLayout, match_buffers, module_layout
 from weightsync.live.sites import named_tensors
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ class SourceWeights:
 
     Args:
         weights: A module or tensors by name.
-        layout: How they hold canonical tensors; None reads it from the weights.
+        layout: How they hold canonical tensors; None reads it from the weights. A `LiveLayout` of
+            the same weights is how a config reaches them.
         rank: Of the source side.
         dtype: When given, every tensor must have it.
 
@@ -144,8 +145,9 @@ class SourceWeights:
         rank: int,
         dtype: torch.dtype | None,
     ) -> None:
-        self._live = module_layout(weights, rank=rank)
-        self._rule = layout is not None
+        live = layout if isinstance(layout, LiveLayout) else None
+        self._live = module_layout(weights, rank=rank) if live is None else live
+        self._rule = layout is not None and live is None
         self._label = f"source {rank}"
         self.manifest = layout.manifest(rank) if layout is not None else self._live.manifest()
         self._weights = weights
