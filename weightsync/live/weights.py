@@ -22,6 +22,7 @@ from weightsync.errors import (
     SourceMutatedError,
 )
 from weightsync.ir.dtypes import ITEMSIZE
+from weightsync.ir.layout import SourceLayout
 from weightsync.live.layout import LiveLayout, match_buffers, module_layout
 from weightsync.live.sites import named_tensors
 
@@ -145,7 +146,8 @@ class SourceWeights:
         rank: int,
         dtype: torch.dtype | None,
     ) -> None:
-        live = layout if isinstance(layout, LiveLayout) else None
+        given = layout.layout if isinstance(layout, SourceLayout) else layout
+        live = given if isinstance(given, LiveLayout) else None
         self._live = module_layout(weights, rank=rank) if live is None else live
         self._rule = layout is not None and live is None
         self._label = f"source {rank}"
