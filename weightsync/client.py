@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -352,7 +352,7 @@ class Sink:
     Args:
         weights: A module, or tensors by the names that `layout` gives them; contiguous, on the
             CPU. Borrowed, written to by `refit` only (in place: while `refit` waits, or
-            between the hooks).
+            between the hooks). None with `install`.
         layout: How an engine lays canonical tensors out, such as `rules.vllm(...)`.
         replica: Name of the copy of the model that this rank serves a part of.
         rank: Inside the replica.
@@ -362,6 +362,10 @@ class Sink:
             `refit`. "in_place": they land in the live weights while generation is paused; a
             failure after the first byte leaves the replica TORN until the next version.
         hooks: For in place without a waiting `refit`.
+        install: Makes a staged version live, where copying over `weights` would not: engines
+            that store weights otherwise than they load them. Called in `refit` with the staged
+            tensors by the layout's names, flat and in the layout's dtypes, to be read during the
+            call only. If it raises, the replica is TORN.
         timeout_s: Default deadline of `refit`.
         fabric: `local` (one host) or `tcp` (any hosts); sources and sinks use the same.
         fabric_options: Of that fabric, as `transport.open_fabric` takes them: for `tcp`
@@ -377,7 +381,7 @@ class Sink:
 
     def __init__(
         self,
-        weights: nn.Module | Mapping[str, torch.Tensor],
+        weights: nn.Module | Mapping[str, torch.Tensor] | None,
         *,
         layout: Layout,
         replica: str,
@@ -386,13 +390,18 @@ class Sink:
         job: Job | str | None = None,
         mode: Literal["staged", "in_place"] = "staged",
         hooks: SinkHooks | None = None,
+        install: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
         timeout_s: float = 120.0,
         fabric: str = "local",
         fabric_options: Mapping[str, Any] | None = None,
         threads: int = 1,
     ) -> None:
-        from weightsync.live.weights import sink_tensors
+        from weightsync.live.weights import sink_tensors, staged_tensors
 
+        if (weights is None) != (install is not None):
+            raise ConfigError("a sink needs either weights or install")
+        if install is not None and mode != "staged":
+            raise ConfigError("install makes staged versions live; mode='in_place' stages nothing")
         if mode not in ("staged", "in_place"):
             raise ConfigError(f"mode={mode!r}: 'staged' or 'in_place'")
         if not 0 <= rank < world_size:
@@ -400,10 +409,17 @@ class Sink:
         settings, credentials = _resolve(job, timeout_s)
         self._timeout_s = settings.timeout_s
         manifest = layout.manifest(rank)
-        tensors = sink_tensors(weights, manifest, label=f"sink {replica}/{rank}")
+        label = f"sink {replica}/{rank}"
+        tensors = [] if weights is None else sink_tensors(weights, manifest, label=label)
         self._fabric = open_for_job(fabric, threads=threads, options=fabric_options)
-        live = np.array([t.data_ptr() for t in tensors], np.int64)
-        receiver = Receiver(self._fabric, live=live, live_owner=tensors, mode=mode, threads=threads)
+        receiver = Receiver(
+            self._fabric,
+            live=np.array([t.data_ptr() for t in tensors], np.int64),
+            live_owner=tensors,
+            mode=mode,
+            threads=threads,
+            install=None if install is None else staged_tensors(manifest, install),
+        )
         self._member = SinkMember(
             settings.require_job_url(),
             manifest=manifest.to_bytes(),
@@ -427,6 +443,11 @@ class Sink:
         """What the live weights hold; None before the first refit and while TORN."""
         active = self._member.active_version
         return active if active > 0 else None
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether this rank holds weights of no version, or of another than its replica."""
+        return self._member.is_torn
 
     @property
     def committed_version(self) -> int | None:
@@ -464,6 +485,15 @@ class Sink:
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         return self._member.refit(version, timeout_s)
+
+    def wait_committed(self, timeout_s: float) -> int | None:
+        """Wait until `refit` has a version to adopt, for engines that pause only then. Blocks.
+
+        Returns:
+            The version, which another may follow before `refit`; None when time is up or the sink
+            is closed.
+        """
+        return self._member.wait_ready(timeout_s)
 
     async def refit_async(
         self, version: int | None = None, *, timeout_s: float | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,10 +22,10 @@ from weightsync.errors import (
     LayoutError,
     SourceMutatedError,
 )
-from weightsync.ir.dtypes import ITEMSIZE
+from weightsync.ir.dtypes import ITEMSIZE, Dtype
 from weightsync.ir.layout import SourceLayout
 from weightsync.live.layout import LiveLayout, match_buffers, module_layout
-from weightsync.live.sites import named_tensors
+from weightsync.live.sites import TORCH_DTYPES, named_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from weightsync.ir.manifest import Manifest
     from weightsync.service.source import OpenVersion, SourceMember
 
-__all__ = ["SourceWeights", "guard_optimizers", "sink_tensors"]
+__all__ = ["SourceWeights", "guard_optimizers", "sink_tensors", "staged_tensors"]
 
 _HOOK_POLL_S = 0.05
 
@@ -239,6 +240,31 @@ def sink_tensors(
     matched = match_buffers(manifest, weights)
     _require_cpu(matched, label)
     return list(matched.values())
+
+
+def staged_tensors(
+    manifest: Manifest, install: Callable[[Mapping[str, Tensor]], None]
+) -> Callable[[npt.NDArray[np.int64]], None]:
+    """What a receiver calls with addresses, for an `install` that wants tensors.
+
+    Args:
+        manifest: Of one sink rank: names, dtypes and sizes of its buffers.
+        install: Gets flat tensors of that memory by buffer name; no copies.
+    """
+    buffers = manifest.buffers
+    sizes = (buffers.numel * ITEMSIZE[buffers.dtype]).tolist()
+    kinds = [TORCH_DTYPES[Dtype(kind)] for kind in buffers.dtype.tolist()]
+
+    def call(addresses: npt.NDArray[np.int64]) -> None:
+        staged: dict[str, Tensor] = {}
+        for name, address, size, kind in zip(
+            buffers.names, addresses.tolist(), sizes, kinds, strict=True
+        ):
+            memory = (ctypes.c_char * size).from_address(address)
+            staged[name] = torch.frombuffer(memory, dtype=kind)
+        install(staged)
+
+    return call
 
 
 def _require_cpu(tensors: Mapping[str, Tensor], label: str) -> None:

@@ -20,10 +20,12 @@ from weightsync.ir.plan import Plan
 from weightsync.runtime.program import InboundBucket, chunk_bits, constants, inbound_buckets
 from weightsync.transport.base import Engine, Lease, Memory, Target
 
-__all__ = ["Mode", "Receiver"]
+__all__ = ["Install", "Mode", "Receiver"]
 
 Int64 = npt.NDArray[np.int64]
 Mode = Literal["staged", "in_place"]
+# Makes staged buffers live: gets their addresses, in manifest order.
+Install = Callable[[Int64], None]
 
 _POLL_S = 0.005  # how often a waiting sink looks for a cancel
 _COMPARE_S = (0.0002, 0.005)  # between looks for the sources' digests: at first, and at most
@@ -42,6 +44,7 @@ class Receiver:
         live_owner: Keeps those buffers alive.
         mode: See above.
         threads: Threads of copy and digest kernels.
+        install: Staged mode only: called by `apply` instead of copying to `live`.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class Receiver:
         live_owner: object,
         mode: Mode,
         threads: int = 1,
+        install: Install | None = None,
     ) -> None:
         self.mode = mode
+        self._install = install
         self._fabric = fabric
         self._live = live
         self._owner = live_owner
@@ -195,14 +200,18 @@ class Receiver:
         return before == after and self._constants_hold()
 
     def apply(self) -> None:
-        """Copy the staged weights over the live ones; nothing to do in place. Blocks."""
+        """Make the staged weights the live ones; nothing to do in place. Blocks."""
         if self.mode == "in_place":
             self._live_digests = self._filled  # only now the live weights are meant to be these
             return
         if self._memory is None:
             raise InternalError("there is nothing staged to apply; it was fenced")
+        staged: Int64 = self._memory.address + self._arena.offset_bytes
+        if self._install is not None:
+            self._install(staged)
+            return
         table = np.zeros((len(self._sizes), 16), np.int64)
-        table[:, 0] = self._memory.address + self._arena.offset_bytes
+        table[:, 0] = staged
         table[:, 1] = self._live
         table[:, 2:4] = int(Dtype.U8)
         table[:, 4:8] = 1

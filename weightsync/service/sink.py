@@ -134,6 +134,22 @@ class SinkMember(Member):
             with self.changed:
                 self._refitting = False
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether this rank must serve nothing."""
+        return self.state == pb.TORN
+
+    def wait_ready(self, timeout_s: float) -> int | None:
+        """Wait until `refit` has something to adopt; the version, or None when time is up."""
+        deadline = time.monotonic() + timeout_s
+        with self.changed:
+            while self.state != pb.COMMITTED or self.session is None:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or self.closing.is_set():
+                    return None
+                self.changed.wait(min(left_s, 0.5))
+            return self.state_version
+
     def _wait_committed(self, version: int | None, deadline: float) -> int:
         with self.changed:
             while True:

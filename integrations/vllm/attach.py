@@ -1,0 +1,185 @@
+"""Brings vLLM engines into a job: over HTTP, or engines of this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+from weightsync.client import Job
+from weightsync.errors import ConfigError, PeerLostError
+from weightsync.integrations.vllm.wire import decoded
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+__all__ = ["attach", "refit"]
+
+_log = logging.getLogger(__name__)
+
+_SERVE = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 "
+    """--weight-transfer-config '{"backend": "weightsync"}'"""
+)
+_INIT_S = 600.0  # recording a layout and joining, for the largest models
+
+Pause = Literal["keep", "wait", "abort"]
+
+
+def attach(
+    urls: Iterable[str | LLM],
+    *,
+    job: Job | str | None = None,
+    pause: Pause = "keep",
+    clear_cache: bool = True,
+    fabric: str = "local",
+    fabric_options: Mapping[str, Any] | None = None,
+    timeout_s: float = 120.0,
+) -> Job:
+    """Let vLLM engines follow a job. Call once, in any process; blocks until all have joined.
+
+    Each engine becomes a replica of its own. From then on engines behind a URL adopt every version
+    by themselves: one of their workers pauses generation, has all ranks adopt it, and resumes.
+    `LLM` objects of this process adopt when `refit` is called.
+
+    Args:
+        urls: Base URLs of API servers, `http://HOST:PORT`, or `vllm.LLM` objects; or several.
+        job: The job to follow; None: $WEIGHTSYNC_JOB, else a new one is started in this process.
+        pause: What happens to requests in flight: `keep` freezes them, `wait` lets them finish
+            first, `abort` ends them. Servers only.
+        clear_cache: Whether what older weights computed is dropped: cached prefixes, and the caches
+            of frozen requests, which are computed anew by the new weights.
+        fabric: As `Sink`; sources must use the same.
+        fabric_options: As `Sink`.
+        timeout_s: Longest time that ranks of an engine wait for each other.
+
+    Returns:
+        The job; closing it ends one that was started here.
+
+    Raises:
+        PeerLostError: An engine does not answer.
+        ConfigError: It was not started with this backend, or without the development routes.
+        LayoutError: It holds a model or a kernel layout that cannot be fed; nothing was written.
+    """
+    engines = list(urls) if not isinstance(urls, str) else [urls]
+    if pause not in ("keep", "wait", "abort"):
+        raise ConfigError(f"pause={pause!r}: 'keep', 'wait' or 'abort'")
+    started = None
+    if isinstance(job, Job):
+        joined = job
+    elif job is None and "WEIGHTSYNC_JOB" not in os.environ:
+        joined = started = Job.start()
+    else:
+        joined = Job.connect(job)
+    info: dict[str, Any] = {
+        "job": joined.url,
+        "pause": pause,
+        "clear_cache": clear_cache,
+        "fabric": fabric,
+        "fabric_options": dict(fabric_options or {}),
+        "timeout_s": timeout_s,
+    }
+    try:
+        for engine in engines:
+            if isinstance(engine, str):
+                _attach_server(engine.rstrip("/"), info)
+            else:
+                _attach_object(engine, info)
+    except BaseException:
+        if started is not None:
+            started.close()
+        raise
+    return joined
+
+
+def refit(llm: LLM, version: int | None = None, *, timeout_s: float = 120.0) -> int:
+    """Have an engine of this process adopt what its job has committed. Blocks.
+
+    Call it between calls of `llm.generate`.
+
+    Args:
+        llm: An engine that was given to `attach`.
+        version: Smallest version to accept; None: the next one.
+        timeout_s: Longest time to wait for it.
+
+    Returns:
+        The version that the engine now generates from.
+
+    Raises:
+        TornError: The engine holds mixed weights and computes nothing until a later version.
+        TransferTimeoutError: Nothing was committed in time; the old version goes on serving.
+    """
+    known = _attached.get(llm)
+    if known is None:
+        raise ConfigError("this engine has joined no job: call weightsync.integrations.vllm.attach")
+    job, replica = known
+    engine = llm.llm_engine
+    info = {"version": version, "timeout_s": timeout_s}
+    engine.collective_rpc("start_weight_update")
+    try:
+        engine.collective_rpc("update_weights", kwargs={"update_info": info})
+    except Exception as error:  # vLLM passes texts on, no classes
+        raise decoded(str(error)) or error from error
+    engine.collective_rpc("finish_weight_update")
+    engine.reset_prefix_cache()
+    adopted = int(job.status()["replicas"][replica]["version"])
+    engine.set_weight_version(str(adopted))
+    return adopted
+
+
+# Engines of this process: their job, and their name in it.
+_attached: WeakKeyDictionary[Any, tuple[Job, str]] = WeakKeyDictionary()
+
+
+def _attach_object(llm: LLM, info: Mapping[str, Any]) -> None:
+    replica = f"vllm-{os.getpid()}-{secrets.token_hex(3)}"
+    call = {"init_info": {**info, "replica": replica, "server": None}}
+    try:
+        llm.llm_engine.collective_rpc("init_weight_transfer_engine", kwargs=call)
+    except Exception as error:  # vLLM passes texts on, no classes
+        raise decoded(str(error)) or _explained(str(error), "this engine") or error from error
+    _attached[llm] = (Job.connect(info["job"]), replica)
+
+
+def _attach_server(url: str, info: Mapping[str, Any]) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{url!r} is no URL of a vLLM server, such as http://127.0.0.1:8000")
+    body = {"init_info": {**info, "replica": parts.netloc, "server": url}}
+    request = urllib.request.Request(
+        url + "/init_weight_transfer_engine",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=_INIT_S) as reply:
+            reply.read()
+    except urllib.error.HTTPError as error:
+        text = error.read(1 << 16).decode(errors="replace")
+        if error.code == 404:
+            raise ConfigError(
+                f"{url} has no development routes; start it with: {_SERVE}"
+            ) from error
+        raise (
+            decoded(text)
+            or _explained(text, url)
+            or PeerLostError(f"{url} answered {error.code}: {text[:500]}")
+        ) from error
+    except OSError as error:
+        raise PeerLostError(
+            f"no vLLM server answers at {url}: {error}; start it with: {_SERVE}"
+        ) from error
+
+
+def _explained(text: str, engine: str) -> ConfigError | None:
+    """What vLLM itself says to an engine that was not started for this."""
+    if "Weight transfer not configured" in text or "Invalid init_info" in text:
+        return ConfigError(f"{engine} was not started with this backend; start it with: {_SERVE}")
+    return None

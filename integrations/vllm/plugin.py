@@ -1,0 +1,30 @@
+"""What vLLM finds by its entry point: registers both halves of the backend `weightsync`."""
+
+from __future__ import annotations
+
+__all__ = ["BACKEND", "TESTED_VERSIONS", "register"]
+
+BACKEND = "weightsync"
+
+# Versions whose classes, reload helpers and routes this package has been run against.
+TESTED_VERSIONS = ("0.32",)
+
+_ENGINE = ("weightsync.integrations.vllm.engine", "WeightSyncEngine")
+_TRAINER = ("weightsync.integrations.vllm.trainer", "WeightSyncTrainerEngine")
+
+
+def register() -> None:
+    """Register the backend with vLLM; called in its API server, engine core and every worker.
+
+    Does nothing where it is registered already, or where vLLM has no weight transfer (before 0.28).
+    """
+    try:
+        from vllm.distributed.weight_transfer import factory
+    except ImportError:
+        return
+    for registry, (module, name) in (
+        (factory.WeightTransferEngineFactory, _ENGINE),
+        (factory.WeightTransferTrainerFactory, _TRAINER),
+    ):
+        if BACKEND not in registry._registry:
+            registry.register_engine(BACKEND, module, name)
