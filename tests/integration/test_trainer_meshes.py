@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, ShardOrderEntry, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -234,9 +235,28 @@ def check_all_placements(rank: int) -> None:
                 read_buffers(live.manifest(), {name: whole})
 
 
+def check_order_of_axes(rank: int) -> None:
+    """Newer torch can cut a dimension by the axes of a mesh in another order than theirs."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole = torch.arange(1.0, 8.0 * 3 + 1).reshape(8, 3)[:7]
+    outer, inner = mesh.get_coordinate()
+    local = whole.chunk(2)[inner].chunk(2)[outer]
+    meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+    order = (ShardOrderEntry(tensor_dim=0, mesh_dims=(1, 0)),)
+    spec = DTensorSpec(mesh, (Shard(0), Shard(0)), meta, shard_order=order)
+    live = module_layout({"a": DTensor(local, spec, requires_grad=False)})
+    assert_holds(live.tensors(), live.manifest(), {"a": whole})
+
+
 @pytest.mark.parametrize(
     "check",
-    [check_tensor_parallel, check_expert_parallel, check_torchtitan, check_all_placements],
+    [
+        check_tensor_parallel,
+        check_expert_parallel,
+        check_torchtitan,
+        check_all_placements,
+        check_order_of_axes,
+    ],
 )
 def test_every_element_is_where_its_description_says(
     check: Callable[[int], None], tmp_path: Path

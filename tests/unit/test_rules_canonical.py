@@ -39,6 +39,19 @@ def test_names_and_shapes_equal_the_real_class(name: str) -> None:
     assert_equals_transformers(TINY_MODELS[name])
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("glm4_moe", {"use_qk_norm": False, "attention_bias": False}),
+        ("gpt_oss", {"attention_bias": False, "tie_word_embeddings": True}),
+        ("deepseek_v3", {"attention_bias": True, "first_k_dense_replace": 2}),
+        ("qwen3", {"attention_bias": True}),
+    ],
+)
+def test_switches_equal_the_real_class(name: str, change: dict[str, Any]) -> None:
+    assert_equals_transformers({**TINY_MODELS[name], **change})
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_published_models_equal_the_real_class(name: str) -> None:
     content = json.loads((MODELS / f"{name}.json").read_text())

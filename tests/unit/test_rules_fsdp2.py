@@ -7,7 +7,9 @@ from torch import Tensor
 from support.layout_oracle import TINY_MODELS, build_model, checkpoint, read_buffers
 from weightsync.errors import ConfigError
 from weightsync.ir.dtypes import Dtype
+from weightsync.ir.manifest import Manifest
 from weightsync.planners import rules
+from weightsync.planners.planner import plan_transfer
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -49,6 +51,15 @@ def test_buffers_keep_their_dtype() -> None:
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert codes.pop(bias) == Dtype.F32
     assert set(codes.values()) == {Dtype.BF16}
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_model_can_be_planned(name: str) -> None:
+    config = TINY_MODELS[name]
+    trainer = rules.fsdp2(config, fsdp=2, replicate=2)
+    sources = Manifest.merge("source", [trainer.manifest(rank) for rank in range(4)])
+    sink = rules.hf(config, side="sink").manifest(0)
+    plan_transfer(sources, sink)  # which proves that every byte of the sink is written once
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
