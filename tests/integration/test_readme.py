@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -24,7 +26,7 @@ def fenced(language: str) -> list[str]:
 def test_the_example_prints_what_the_readme_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,), (output,) = fenced("python"), fenced("text")
+    code, (output,) = fenced("python")[0], fenced("text")
     script = tmp_path / "example.py"
     script.write_text(code, encoding="utf-8")
     runpy.run_path(str(script), run_name="__main__")
@@ -37,6 +39,17 @@ def test_every_make_target_exists() -> None:
     names = {first or second for first, second in named}
     assert names >= {"demo", "setup", "test"}
     assert names <= targets
+
+
+def test_what_fragments_import_exists() -> None:
+    fragments = fenced("python")[1:]
+    assert len(fragments) >= 2
+    for fragment in fragments:
+        imports = [n for n in ast.walk(ast.parse(fragment)) if isinstance(n, ast.ImportFrom)]
+        assert imports
+        for node in imports:
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, name.name) for name in node.names), fragment
 
 
 def test_every_option_exists() -> None:
