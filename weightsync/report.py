@@ -23,7 +23,10 @@ class VersionReport:
         seconds: From the call to the stage.
         stages_s: Busy seconds of every stage of this rank's pipeline, and `wait_open` (all
             ranks called, sinks made room), `transfer` (the pipeline from end to end) and
-            `decide` (votes and decision).
+            `decide` (votes and decision). When adopted, also of the slowest sink: `sink_fill`
+            (bytes arriving and being checked while it serves the old version), `sink_verify`
+            (checking, a part of that) and `sink_pause` (making the version live, while it serves
+            nothing).
         spans: (name, start, end) of the same on this process's monotonic clock, for traces.
         peak_staging_bytes: Most staging in use at once.
     """

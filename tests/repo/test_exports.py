@@ -41,7 +41,12 @@ def has_code(name: str) -> bool:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_all_is_complete(name: str) -> None:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        pytest.skip(f"{name} needs vLLM: make test-vllm imports it")
     if has_code(name):
         assert problems(module) == []
 

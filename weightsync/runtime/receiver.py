@@ -71,6 +71,7 @@ class Receiver:
         self._filled: dict[int, int] = {}  # digests of the last complete version, by slot
         self._live_digests: dict[int, int] | None = None  # in place: of what may be served
         self.buckets: list[InboundBucket] = []
+        self.verify_s = 0.0  # digests of the last version
 
     def bind(self, plan: Plan, sink: int) -> bytes:
         """Take on a plan and export this rank's memory for it.
@@ -146,6 +147,7 @@ class Receiver:
         base = (version % 2) * self.num_slots
         waiting = {base + bucket.slot: bucket for bucket in self.buckets}
         found: dict[int, int] = {}
+        self.verify_s = 0.0
         while waiting:
             done = [slot for slot in target.poll(_POLL_S) if slot in waiting]
             if not done:
@@ -158,7 +160,9 @@ class Receiver:
             for slot in done:
                 bucket = waiting.pop(slot)
                 failpoints.hit("sink.filling")
+                began = time.monotonic()
                 found[bucket.slot] = self._digest(bucket)
+                self.verify_s += time.monotonic() - began
         if not self._constants_hold():
             raise IntegrityError(
                 f"padding of {self.plan.sink.ranks[self.sink]} was overwritten", rank=self.sink

@@ -22,6 +22,7 @@ from weightsync.service.core_types import (
     Phase,
     Roster,
     Send,
+    slowest_of,
 )
 
 __all__ = ["CoordinatorCore"]
@@ -517,8 +518,8 @@ class CoordinatorCore:
         member.is_ready = not message.withdrawn
         if message.withdrawn:
             self._send(member.id, withdrawn=pb.Withdrawn(version=message.version))
-        ranks = self._roster.replica(replica)
-        ready = [m for m in ranks if m.is_ready and m.version == message.version]
+        waiting = [m for m in self._roster.replica(replica) if m.is_ready]
+        ready = [m for m in waiting if m.version == message.version]
         if len(ready) == member.hello.world_size and replica not in self._applying:
             self._apply(replica, message.version)
 
@@ -542,7 +543,7 @@ class CoordinatorCore:
                 self._tear(other, message.version, text)
             self._maybe_adopted()
             return
-        member.state = pb.APPLIED
+        member.state, member.seconds = pb.APPLIED, message.seconds
         self._maybe_activate(replica)
 
     def _maybe_activate(self, replica: str) -> None:
@@ -560,9 +561,10 @@ class CoordinatorCore:
     def _maybe_adopted(self) -> None:
         if self._adopting or self._open is not None or self.committed_version == 0:
             return
+        version, slowest = self.committed_version, slowest_of(self._members.values())
         for member in self._members.values():
             if member.is_source:
-                self._send(member.id, adopted=pb.Adopted(version=self.committed_version))
+                self._send(member.id, adopted=pb.Adopted(version=version, slowest=slowest))
 
     def _drop(self, member: Member, version: int, text: str) -> None:
         problem = _problem("PeerLostError", text)
@@ -574,8 +576,7 @@ class CoordinatorCore:
 
     def _tear(self, member: Member, version: int, text: str) -> None:
         member.state, member.version, member.active = pb.TORN, version, 0
-        problem = _problem("TornError", text)
-        self._send(member.id, torn=pb.Torn(version=version, problem=problem))
+        self._send(member.id, torn=pb.Torn(version=version, problem=_problem("TornError", text)))
 
     # ---- output ----
 

@@ -22,6 +22,7 @@ __all__ = [
     "Phase",
     "Roster",
     "Send",
+    "slowest_of",
 ]
 
 WIRE_VERSION = 1
@@ -115,6 +116,7 @@ class Member:
     version: int = 0  # of `state`
     active: int = 0
     is_ready: bool = False  # waits in refit to apply `version`
+    seconds: pb.SinkSeconds = field(default_factory=pb.SinkSeconds)  # of `active`
 
     @property
     def is_source(self) -> bool:
@@ -132,6 +134,16 @@ class Member:
         if self.is_source:
             return f"source {self.hello.rank}"
         return f"sink {self.hello.replica}/{self.hello.rank}"
+
+
+def slowest_of(members: Iterable[Member]) -> pb.SinkSeconds:
+    """The longest of each, over sinks that serve a version."""
+    found = [m.seconds for m in members if not m.is_source and m.active]
+    return pb.SinkSeconds(
+        fill=max((s.fill for s in found), default=0.0),
+        verify=max((s.verify for s in found), default=0.0),
+        pause=max((s.pause for s in found), default=0.0),
+    )
 
 
 @dataclass

@@ -229,7 +229,12 @@ class SinkMember(Member):
         with self.changed:
             self.spans["pause"] = (start, time.monotonic())
             self.state = pb.APPLIED
-        self.send(applied=pb.Applied(version=version, ok=True))
+        self.send(applied=pb.Applied(version=version, ok=True, seconds=self._seconds()))
+
+    def _seconds(self) -> pb.SinkSeconds:
+        spans = {name: end - start for name, (start, end) in self.spans.items()}
+        verify = self._receiver.verify_s
+        return pb.SinkSeconds(fill=spans.get("fill", 0.0), verify=verify, pause=spans["pause"])
 
     def _wait_active(self, version: int, deadline: float) -> bool:
         with self.changed:

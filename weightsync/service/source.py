@@ -57,6 +57,7 @@ class OpenVersion:
     num_replicas: int = 0
     cancel: threading.Event = field(default_factory=threading.Event)
     marks: dict[str, float] = field(default_factory=dict)
+    sink_seconds: pb.SinkSeconds | None = None  # of the slowest rank, when adopted
 
     @property
     def is_decided(self) -> bool:
@@ -198,6 +199,10 @@ class SourceMember(Member):
                     spans.append((name, previous, marks[name]))
                     previous = marks[name]
             stages_s = {name: end - start for name, start, end in spans}
+            if opened.sink_seconds is not None:
+                slowest = opened.sink_seconds
+                stages_s |= {"sink_fill": slowest.fill, "sink_verify": slowest.verify}
+                stages_s |= {"sink_pause": slowest.pause}
             nbytes = 0
             if opened.outcome is not None:
                 nbytes = opened.outcome.nbytes
@@ -267,7 +272,7 @@ class SourceMember(Member):
         elif kind == "decide":
             self._decide(message.decide)
         elif kind == "adopted":
-            self._adopted(message.adopted.version)
+            self._adopted(message.adopted)
 
     def _mark_opened(self, message: pb.Opened) -> None:
         with self.changed:
@@ -293,11 +298,13 @@ class SourceMember(Member):
                 opened.error = abort_error(message.problem, message.version)
             self.changed.notify_all()
 
-    def _adopted(self, version: int) -> None:
+    def _adopted(self, message: pb.Adopted) -> None:
         with self.changed:
-            opened = self._open
+            opened, version = self._open, message.version
             if opened is not None and opened.version <= version and opened.stage == "committed":
                 opened.stage = "adopted"
+                if opened.version == version:
+                    opened.sink_seconds = message.slowest
                 opened.marks["adopt"] = time.monotonic()
                 self.changed.notify_all()
 

@@ -459,24 +459,58 @@ class Applied(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     OK_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     ok: _builtins.bool
     @_builtins.property
     def problem(self) -> Global___Problem: ...
+    @_builtins.property
+    def seconds(self) -> Global___SinkSeconds: ...
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         ok: _builtins.bool = ...,
         problem: Global___Problem | None = ...,
+        seconds: Global___SinkSeconds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "problem", b"problem", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ok", b"ok", "problem", b"problem", "seconds", b"seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Applied: _TypeAlias = Applied  # noqa: Y015
+
+@_typing.final
+class SinkSeconds(_message.Message):
+    """Where the time of one version went on a sink."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILL_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    fill: _builtins.float
+    """from the first slot opened to the last digest compared"""
+    verify: _builtins.float
+    """digests, inside fill"""
+    pause: _builtins.float
+    """making it live, between two steps of the engine"""
+    def __init__(
+        self,
+        *,
+        fill: _builtins.float = ...,
+        verify: _builtins.float = ...,
+        pause: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fill", b"fill", "pause", b"pause", "verify", b"verify"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SinkSeconds: _TypeAlias = SinkSeconds  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
@@ -1065,15 +1099,21 @@ class Adopted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
+    SLOWEST_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    @_builtins.property
+    def slowest(self) -> Global___SinkSeconds:
+        """of each, over all ranks that serve the version"""
+
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
+        slowest: Global___SinkSeconds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["slowest", b"slowest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slowest", b"slowest", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
