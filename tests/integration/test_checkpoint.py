@@ -19,11 +19,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from support.engine import Engine, same_bits
 from support.layout_oracle import TINY_QWEN3, TINY_QWEN3_MOE, build_model, checkpoint
 from weightsync import errors
 from weightsync.checkpoint import CheckpointSink, CheckpointSource, read_checkpoint
-from weightsync.client import Job, Sink, Source
-from weightsync.integrations import readback
+from weightsync.client import Job, Source
 from weightsync.planners import rules
 
 TIMEOUT_S = 20.0
@@ -42,13 +42,6 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield made
 
 
-def same(first: Tensor, second: Tensor) -> bool:
-    """Bit for bit; NaN equals itself."""
-    return (first.dtype, first.shape) == (second.dtype, second.shape) and torch.equal(
-        first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8)
-    )
-
-
 def stored_model(
     folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> tuple[torch.nn.Module, dict[str, Tensor]]:
@@ -56,38 +49,6 @@ def stored_model(
     model = build_model(config).to(dtype)
     model.save_pretrained(folder, **options)  # type: ignore[operator]
     return model, {n: t.clone() for n, t in checkpoint(model, config).items()}
-
-
-class Engine:
-    """One vLLM-like replica: the memory of all its ranks, and their sinks."""
-
-    def __init__(
-        self, job: Job, config: dict[str, Any], *, tp: int = 2, ep: bool = False, **options: Any
-    ) -> None:
-        self.layout = rules.vllm(config, tp=tp, ep=ep)
-        self.config, self.tp, self.ep = config, tp, ep
-        self.memory = [
-            {p.name: torch.zeros(p.shape, dtype=torch.bfloat16) for p in self.layout.parameters(r)}
-            for r in range(tp)
-        ]
-        self.sinks = [
-            Sink(
-                self.memory[rank], layout=self.layout, replica="engine", rank=rank, world_size=tp,
-                job=job, timeout_s=TIMEOUT_S, **options,
-            )
-            for rank in range(tp)
-        ]  # fmt: skip
-
-    def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
-
-    def check(self, named: dict[str, Tensor]) -> None:
-        for rank, memory in enumerate(self.memory):
-            expected = readback.shard(named, self.config, tp=self.tp, ep=self.ep, rank=rank)
-            assert expected.keys() == memory.keys()
-            for name, tensor in expected.items():
-                assert same(memory[name], tensor), name
 
 
 def results(futures: list[Future[Any]]) -> list[Any]:
@@ -102,13 +63,13 @@ def assert_same_model(path: Path, expected: dict[str, Tensor], model: torch.nn.M
             found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert same(found[name], tensor), name
+        assert same_bits(found[name], tensor), name
     dtype = next(iter(expected.values())).dtype
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     wanted = model.state_dict()
     assert loaded.state_dict().keys() == wanted.keys()
     for name, tensor in loaded.state_dict().items():
-        assert same(tensor, wanted[name]), name
+        assert same_bits(tensor, wanted[name]), name
 
 
 @pytest.mark.parametrize("fabric", ["local", "tcp"])
@@ -174,7 +135,9 @@ def test_a_trainer_goes_on_where_the_checkpoint_began(
         engine.check(trained)
 
 
-@pytest.mark.parametrize("mode", ["in_place", "staged"])
+@pytest.mark.parametrize(
+    ("mode", "fabric"), [("in_place", "local"), ("staged", "local"), ("in_place", "tcp")]
+)
 @pytest.mark.parametrize(
     ("model", "writers", "options"),
     [
@@ -185,7 +148,7 @@ def test_a_trainer_goes_on_where_the_checkpoint_began(
 )
 def test_from_trainers_to_sinks_to_a_checkpoint(
     pool: ThreadPoolExecutor, tmp_path: Path, model: str, writers: int, options: dict[str, Any],
-    mode: str,
+    mode: str, fabric: str,
 ) -> None:  # fmt: skip
     """fp32 shards of FSDP2 -> fused bf16 shards of an engine -> what transformers reads."""
     config, out = MODELS[model], tmp_path / "out"
@@ -210,15 +173,17 @@ def test_from_trainers_to_sinks_to_a_checkpoint(
         results(waiting)
         served = [
             stack.enter_context(
-                Source(memory, layout=engine.layout, job=second, rank=rank, world_size=2)
+                Source(
+                    memory, layout=engine.layout, job=second, rank=rank, world_size=2, fabric=fabric
+                )
             )
             for rank, memory in enumerate(engine.memory)
-        ]
+        ]  # fmt: skip
         sinks = [
             stack.enter_context(
                 CheckpointSink(
                     out, job=second, config=config, rank=rank, world_size=writers,
-                    timeout_s=TIMEOUT_S, mode=mode, **options,  # type: ignore[arg-type]
+                    timeout_s=TIMEOUT_S, mode=mode, fabric=fabric, **options,  # type: ignore[arg-type]
                 )
             )
             for rank in range(writers)
@@ -266,7 +231,7 @@ def test_like_another_checkpoint(job: Job, pool: ThreadPoolExecutor, tmp_path: P
             sink.write()
     found = load_file(out / "model.safetensors")
     assert found.keys() == tensors.keys()
-    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+    assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
@@ -295,7 +260,7 @@ def test_tensors_at_odd_addresses_are_read(
         source.publish()
         writing.result(TIMEOUT_S)
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+    assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_tied_weight_that_is_stored_twice(job: Job, tmp_path: Path) -> None:
@@ -409,7 +374,7 @@ def test_a_version_that_is_given_up_is_waited_over(
         assert source.publish().version == 2
         assert writing.result(TIMEOUT_S).version == 2
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(same(found[name], tensor) for name, tensor in weights.items())
+    assert all(same_bits(found[name], tensor) for name, tensor in weights.items())
 
 
 CHILD = """
@@ -475,4 +440,4 @@ def test_memory_is_bounded_by_the_budget_not_by_the_checkpoint(tmp_path: Path) -
     stored = read_checkpoint(out)
     assert len(stored.files) == 3
     for file in stored.files:
-        assert all(same(t, tensors[name]) for name, t in load_file(file).items())
+        assert all(same_bits(t, tensors[name]) for name, t in load_file(file).items())

@@ -1,4 +1,4 @@
-"""An engine that follows a job: the memory of all ranks of a vLLM replica, always refitting."""
+"""An engine that follows a job: the memory of all ranks of a vLLM replica, and their sinks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 
 class Engine:
-    """One replica in this process. Context manager.
+    """One replica in this process. Entered as a context manager it refits by itself.
 
     Args:
-        job: Whose versions it adopts, from the moment it is entered.
+        job: Whose versions it adopts.
         config: Content of the model's `config.json`.
         tp: Tensor-parallel ranks.
         ep: Whether experts lie whole on the ranks.
@@ -86,5 +86,9 @@ class Engine:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the job."""
         for sink in self.sinks:
             sink.close()

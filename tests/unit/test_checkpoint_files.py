@@ -215,6 +215,8 @@ def test_a_new_checkpoint_needs_one_description() -> None:
 
 def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out"
+    with pytest.raises(ConfigError, match="there is no folder"):
+        PartialFolder(path / "deeper", 0, 1, overwrite=False)
     path.mkdir()
     PartialFolder(path, 0, 1, overwrite=False).discard()  # an empty folder may be taken
     (path / "thesis.txt").write_text("years of work")

@@ -11,7 +11,6 @@ import ctypes
 import errno
 import fcntl
 import json
-import mmap
 import os
 import shutil
 import threading
@@ -58,6 +57,8 @@ class PartialFolder:
         self.side = self.own / "side"
         self.is_over = False
         _require_free(path, overwrite=overwrite)
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.parent}; make it first", path=path)
         try:
             self.own.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.own, os.O_RDONLY | os.O_DIRECTORY)
@@ -173,19 +174,15 @@ class PartialFolder:
         _sync_folder(self.path.parent)
 
 
-def sync_file(path: Path, mapped: mmap.mmap | None = None) -> None:
-    """Bring a file to disk. Blocks.
-
-    Args:
-        path: The file.
-        mapped: Its pages, where they were written through a mapping.
+def sync_file(path: Path) -> None:
+    """Bring a file to disk, with what was written through mappings of it. Blocks.
 
     Raises:
         CheckpointError: The disk could not take it.
     """
     try:
-        if mapped is not None:
-            mapped.flush()
+        # Linux writes mapped pages back here as well. mmap.flush would hold the GIL meanwhile, and
+        # the heartbeats of other members in this process with it.
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except OSError as error:

@@ -155,8 +155,8 @@ class CheckpointSink:
             fill_s = self._sink.seconds.get("fill", 0.0)
             # Out of the job before the folder has a name: a later version must not land in it.
             self._sink.close()
-            for path, mapped in self._maps.items():
-                sync_file(path, mapped)
+            for path in self._maps:
+                sync_file(path)
             self._folder.hand_over(found, [path.name for path in self._maps])
             if self.rank == 0:
                 self._folder.finish(found, self._model.expected, deadline)
