@@ -214,7 +214,7 @@ def test_like_another_checkpoint(job: Job, pool: ThreadPoolExecutor, tmp_path: P
     tensors = {
         "a": torch.randn(5, 3), "b": torch.randn(2, 3, 4, 5).half(), "scalar": torch.tensor(7),
         "flags": torch.tensor([True, False, True]), "eight": torch.randn(6).to(torch.float8_e4m3fn),
-        "n\u00e4me": torch.randn(3).bfloat16(),
+        "n\u00e4me": torch.randn(3).bfloat16(), "empty": torch.zeros(0, 3),
     }  # fmt: skip
     save_file(tensors, old / "model.safetensors")
     for name, text in {"config.json": '{"model_type": "mine"}', "tokenizer.json": "{}"}.items():
@@ -222,10 +222,15 @@ def test_like_another_checkpoint(job: Job, pool: ThreadPoolExecutor, tmp_path: P
     (old / "pytorch_model.bin").write_bytes(b"\x80")
     (old / "runs").mkdir()
     with ExitStack() as stack:
-        source = stack.enter_context(CheckpointSource(old, job=job))
+        # More readers than the tensors have rows of an even share: some have nothing to send.
+        sources = [
+            stack.enter_context(CheckpointSource(old, job=job, rank=rank, world_size=7))
+            for rank in range(7)
+        ]
+        assert min(source.num_bytes for source in sources) == 0
         sink = stack.enter_context(CheckpointSink(out, job=job, like=old, timeout_s=TIMEOUT_S))
         writing = pool.submit(sink.write)
-        source.publish()
+        results([pool.submit(source.publish) for source in sources])
         writing.result(TIMEOUT_S)
         with pytest.raises(errors.ConfigError, match="make another"):
             sink.write()

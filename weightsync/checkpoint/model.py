@@ -154,6 +154,8 @@ class FilesLayout:
         builder = ManifestBuilder("sink", f"sink {rank}")
         for file in self.model.files_of(rank):
             for entry in file.entries:
+                if not entry.nbytes:
+                    continue
                 shape = entry.shape if entry.shape else (1,)
                 builder.tensor(entry.name, shape)
                 builder.buffer(entry.name, entry.dtype, math.prod(shape))

@@ -194,7 +194,8 @@ class CheckpointSink:
                 stored = StoredTensor(
                     entry.name, entry.dtype, entry.shape, path, start, end - start
                 )
-                weights[entry.name] = view(mapped, stored, 0, stored.num_rows)
+                if stored.nbytes:  # of empty tensors there is nothing but the header
+                    weights[entry.name] = view(mapped, stored, 0, stored.num_rows)
                 self._num_bytes += stored.nbytes
         return weights
 
