@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from support.engine import Engine
+from support.engine import Engine, same_bits
 from support.gloo import run_ranks
 from support.layout_oracle import TINY_QWEN3, build_model, checkpoint
+from weightsync.checkpoint import CheckpointSink
 from weightsync.client import Job, Source
 from weightsync.errors import NoQuorumError
 from weightsync.integrations.torch import publish_after_step
@@ -140,12 +144,16 @@ def test_an_abort_is_raised_out_of_the_step_or_said(job: Job) -> None:
 
 
 def check_fsdp2(rank: int) -> None:
-    """The job and the engine live on rank 0; every rank has the same two lines."""
+    """The job, the engine and a checkpoint live on rank 0; every rank has the same two lines."""
     url = torch.zeros(200, dtype=torch.uint8)
     engine = None
+    pool = ThreadPoolExecutor()
+    folder = tempfile.TemporaryDirectory(prefix="weightsync-test-")
     if rank == 0:
         job = Job.start()
         engine = Engine(job, TINY_QWEN3).__enter__()
+        sink = CheckpointSink(Path(folder.name) / "step-2", job=job, config=TINY_QWEN3)
+        writing = pool.submit(sink.write, 2)
         url[: len(job.url)] = torch.tensor(list(job.url.encode()))
     dist.broadcast(url, 0)
     model = build_model(TINY_QWEN3)
@@ -167,9 +175,16 @@ def check_fsdp2(rank: int) -> None:
             named = whole(model)
             if engine is not None:
                 engine.check(named)
+                if step == 2:
+                    assert writing.result(20).version == 2
+                    written = load_file(sink.path / "model.safetensors")
+                    assert written.keys() == named.keys()
+                    for name, tensor in named.items():
+                        assert same_bits(written[name], tensor.bfloat16()), name
         dist.barrier()
     if engine is not None:
         engine.__exit__()
+    folder.cleanup()
 
 
 def test_fsdp2(tmp_path: Path) -> None:

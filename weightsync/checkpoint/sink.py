@@ -203,9 +203,14 @@ class CheckpointSink:
         while True:
             try:
                 left_s = max(0.0, deadline - time.monotonic())
-                return self._sink.refit(version, timeout_s=left_s)
+                found = self._sink.refit(timeout_s=left_s)
             except TornError:
                 # Parts of a version that was given up: nobody reads them, and the next version
                 # overwrites every byte.
                 if time.monotonic() >= deadline:
                     raise
+            else:
+                # Older ones are adopted and overwritten: a replica that waited for a later one
+                # would hold up the fleet.
+                if version is None or found >= version:
+                    return found
