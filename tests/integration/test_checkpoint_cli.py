@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from support.layout_oracle import TINY_QWEN3, build_model, checkpoint
+from weightsync.cli import app
 from weightsync.client import Job, Sink, Source
 from weightsync.integrations import readback
 from weightsync.planners import rules
@@ -153,29 +155,29 @@ def test_what_a_killed_export_leaves_the_next_one_removes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "out", "tmp"]
 
 
-def test_bad_input(mark: dict[str, str], job: Job, tmp_path: Path) -> None:
+def test_bad_input(job: Job, tmp_path: Path) -> None:
     old, out = tmp_path / "old", tmp_path / "out"
     stored(old)
     export = ["export", "--out", str(out), "--like", str(old)]
-    cases: list[tuple[int, str, list[str]]] = [
-        (2, "either config or like", ["export", "--out", str(out)]),
-        (2, "is there already", ["export", "--out", str(old), "--like", str(old)]),
-        (2, "dtype 'F8' is none of", [*export, "--dtype", "F8"]),
-        (2, "committed or adopted", ["load", str(old), "--until", "prepared"]),
-        (1, "no model.safetensors.index.json", ["load", str(tmp_path / "tmp")]),
-    ]
-    assert_refused(mark, job, cases)
+    assert_refused(job, 2, "either config or like", ["export", "--out", str(out)])
+    again = ["export", "--out", str(old), "--like", str(old)]
+    assert_refused(job, 2, "is there already", again)
+    assert_refused(job, 2, "dtype 'F8' is none of", [*export, "--dtype", "F8"])
+    assert_refused(job, 2, "committed or adopted", ["load", str(old), "--until", "prepared"])
+    assert_refused(job, 1, "no model.safetensors.index.json", ["load", str(tmp_path)])
     file = next(old.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-5])
-    assert_refused(mark, job, [(1, file.name, ["load", str(old)]), (1, file.name, export)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "tmp"]
+    assert_refused(job, 1, file.name, ["load", str(old)])
+    assert_refused(job, 1, file.name, export)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert job.status()["replicas"] == {}
 
 
-def assert_refused(mark: dict[str, str], job: Job, cases: list[tuple[int, str, list[str]]]) -> None:
-    environ = {**mark, "WEIGHTSYNC_JOB": job.url}
-    processes = [start(environ, *arguments) for _, _, arguments in cases]
-    for process, (status, message, _) in zip(processes, cases, strict=True):
-        result = finished(process, status)
-        assert result["ok"] is False
-        assert message in result["message"]
-        assert message in result["messages"]
+def assert_refused(job: Job, status: int, message: str, arguments: list[str]) -> None:
+    runner = CliRunner(env={"WEIGHTSYNC_JOB": job.url})
+    found = runner.invoke(app, [*arguments, "--json"])
+    assert found.exit_code == status, found.output
+    result = json.loads(found.stdout)
+    assert result["ok"] is False
+    assert message in result["message"]
+    assert message in found.stderr
