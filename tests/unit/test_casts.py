@@ -83,6 +83,30 @@ def test_f16_equals_the_standard_library() -> None:
     assert found.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (0x3F80, 1.0),
+        (0xC2F7, -123.5),
+        (0x0001, 2.0**-133),  # the smallest denormal is one in F32, too
+        (0x8000, -0.0),
+        (0x7F80, float("inf")),
+    ],
+)
+def test_f32_of_bf16_by_hand(code: int, expected: float) -> None:
+    found = reference_cast(np.array([code], np.uint16), Dtype.BF16, Dtype.F32)
+    assert found.tolist() == [int.from_bytes(struct.pack("<f", expected), "little")]
+
+
+def test_f32_of_bf16_is_undone_by_rounding() -> None:
+    codes = np.arange(65536, dtype=np.uint16)
+    wide = reference_cast(codes, Dtype.BF16, Dtype.F32)
+    is_nan = np.isnan(wide.view(np.float32))
+    back = reference_cast(wide, Dtype.F32, Dtype.BF16)
+    assert (back == np.where(is_nan, np.uint16(0xFFFF), codes)).all()
+    assert is_nan.sum() == 2 * 127
+
+
 def test_raw_copies() -> None:
     codes = np.arange(5, dtype=np.uint8)
     copied = reference_cast(codes, Dtype.F8_E5M2, Dtype.F8_E5M2)

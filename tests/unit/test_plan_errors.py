@@ -73,11 +73,11 @@ def test_shapes_must_agree() -> None:
 
 def test_casts_that_do_not_exist_name_both_ranks_and_dtypes() -> None:
     source = _side("source", {"w": (4, 4)}, {"w": (4, 4)})
-    sink = _side("sink", {"w": (4, 4)}, dtype="F32")
-    with pytest.raises(DtypeMismatchError, match="source 0 holds BF16 but sink 0 needs F32") as e:
+    sink = _side("sink", {"w": (4, 4)}, dtype="F16")
+    with pytest.raises(DtypeMismatchError, match="source 0 holds BF16 but sink 0 needs F16") as e:
         plan_transfer(source, sink)
     facts = (e.value.tensor, e.value.source, e.value.sink, e.value.src_dtype, e.value.dst_dtype)
-    assert facts == ("w", "source 0", "sink 0", "BF16", "F32")
+    assert facts == ("w", "source 0", "sink 0", "BF16", "F16")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ rounding, NaNs, denormals. A changed result is a new number behind the slash, ne
   0x7FC0 and 0x7FFF: torch itself has no single answer).
 * `f32_to_f16_rne/1`: round to nearest, ties to even; overflow to infinity; denormals kept; a NaN
   keeps its sign and the upper ten bits of its mantissa and is made quiet, as F16C does.
+* `bf16_to_f32/1`: exact; NaNs keep their bits.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ RECIPES: Final[Mapping[tuple[Dtype, Dtype], str]] = MappingProxyType(
     {
         (Dtype.F32, Dtype.BF16): "f32_to_bf16_rne/1",
         (Dtype.F32, Dtype.F16): "f32_to_f16_rne/1",
+        (Dtype.BF16, Dtype.F32): "bf16_to_f32/1",
     }
 )
 
@@ -78,6 +80,8 @@ def reference_cast(codes: Codes, source: Dtype, sink: Dtype) -> Codes:
     recipe = recipe_id(source, sink)
     if recipe == RAW:
         return codes.copy()
+    if source == Dtype.BF16:
+        return codes.astype(np.uint32) << np.uint32(16)
     values = codes.view(np.float32)
     return reference_bf16(values) if sink == Dtype.BF16 else reference_f16(values)
 

@@ -55,9 +55,11 @@ class Dtype(enum.IntEnum):
 ITEMSIZE: NDArray[np.int64] = np.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8], np.int64)
 ITEMSIZE.setflags(write=False)
 
-# Identity for all, and what a trainer's FP32 master weights need (round to nearest even).
+# Identity for all, what a trainer's FP32 master weights need (round to nearest even), and what
+# engines keep wider than the trainer does: routers.
 CASTS: frozenset[tuple[Dtype, Dtype]] = frozenset(
-    [(d, d) for d in Dtype] + [(Dtype.F32, Dtype.BF16), (Dtype.F32, Dtype.F16)]
+    [(d, d) for d in Dtype]
+    + [(Dtype.F32, Dtype.BF16), (Dtype.F32, Dtype.F16), (Dtype.BF16, Dtype.F32)]
 )
 
 CAST_TABLE: NDArray[np.bool_] = np.zeros((len(Dtype), len(Dtype)), np.bool_)

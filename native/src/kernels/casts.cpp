@@ -8,13 +8,14 @@ namespace weightsync::kernels {
 
 namespace {
 
-template <std::uint16_t (*kCast)(std::uint32_t)>
+template <auto kCast, class From = std::uint32_t>
 inline void cast_tail(const std::byte* src, std::byte* dst, std::int64_t n) {
+    constexpr auto kFrom = static_cast<std::int64_t>(sizeof(From));
     for (std::int64_t i = 0; i < n; ++i) {
-        std::uint32_t bits = 0;
-        std::memcpy(&bits, src + 4 * i, 4);
-        const std::uint16_t code = kCast(bits);
-        std::memcpy(dst + 2 * i, &code, 2);
+        From bits = 0;
+        std::memcpy(&bits, src + kFrom * i, sizeof(bits));
+        const auto code = kCast(bits);
+        std::memcpy(dst + static_cast<std::int64_t>(sizeof(code)) * i, &code, sizeof(code));
     }
 }
 
@@ -24,6 +25,10 @@ void bf16_portable(const std::byte* src, std::byte* dst, std::int64_t n) {
 
 void f16_portable(const std::byte* src, std::byte* dst, std::int64_t n) {
     cast_tail<f32_to_f16>(src, dst, n);
+}
+
+void widen_portable(const std::byte* src, std::byte* dst, std::int64_t n) {
+    cast_tail<bf16_to_f32, std::uint16_t>(src, dst, n);
 }
 
 #if defined(__x86_64__)
@@ -103,6 +108,33 @@ __attribute__((target("avx512f,avx512bw,avx512vl"))) void f16_avx512(const std::
     }
 }
 
+__attribute__((target("avx2"))) void widen_avx2(const std::byte* src, std::byte* dst,
+                                                std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + 2 * i));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + 4 * i),
+                            _mm256_slli_epi32(_mm256_cvtepu16_epi32(codes), 16));
+    }
+    cast_tail<bf16_to_f32, std::uint16_t>(src + 2 * i, dst + 4 * i, n - i);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vl"))) void widen_avx512(const std::byte* src,
+                                                                       std::byte* dst,
+                                                                       std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + 2 * i));
+        _mm512_storeu_si512(dst + 4 * i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(codes), 16));
+    }
+    if (i < n) {
+        const auto mask = static_cast<__mmask16>((1 << (n - i)) - 1);
+        const __m256i codes = _mm256_maskz_loadu_epi16(mask, src + 2 * i);
+        _mm512_mask_storeu_epi32(dst + 4 * i, mask,
+                                 _mm512_slli_epi32(_mm512_cvtepu16_epi32(codes), 16));
+    }
+}
+
 #endif
 
 }  // namespace
@@ -135,6 +167,21 @@ CastRun f32_to_f16_run(Isa isa) noexcept {
 #endif
     static_cast<void>(isa);
     return f16_portable;
+}
+
+CastRun bf16_to_f32_run(Isa isa) noexcept {
+#if defined(__x86_64__)
+    switch (isa) {
+        case Isa::kAvx512:
+            return widen_avx512;
+        case Isa::kAvx2:
+            return widen_avx2;
+        case Isa::kPortable:
+            return widen_portable;
+    }
+#endif
+    static_cast<void>(isa);
+    return widen_portable;
 }
 
 }  // namespace weightsync::kernels

@@ -39,10 +39,16 @@ namespace weightsync::kernels {
     return static_cast<std::uint16_t>(sign | half);
 }
 
+// bfloat16 codes to float codes: exact, NaNs keep their bits.
+[[nodiscard]] constexpr std::uint32_t bf16_to_f32(std::uint16_t code) noexcept {
+    return static_cast<std::uint32_t>(code) << 16;
+}
+
 // Casts `n` contiguous elements; addresses need no alignment; the ranges must not overlap.
 using CastRun = void (*)(const std::byte* src, std::byte* dst, std::int64_t n);
 
 [[nodiscard]] CastRun f32_to_bf16_run(Isa isa) noexcept;
 [[nodiscard]] CastRun f32_to_f16_run(Isa isa) noexcept;
+[[nodiscard]] CastRun bf16_to_f32_run(Isa isa) noexcept;
 
 }  // namespace weightsync::kernels

@@ -56,7 +56,8 @@ inline constexpr std::int64_t kNumDtypes = 15;
 
 // Everything else is refused: a silent change of type is never what a plan means.
 [[nodiscard]] constexpr bool is_cast_supported(Dtype from, Dtype to) noexcept {
-    return from == to || (from == Dtype::kF32 && (to == Dtype::kBF16 || to == Dtype::kF16));
+    return from == to || (from == Dtype::kF32 && (to == Dtype::kBF16 || to == Dtype::kF16)) ||
+           (from == Dtype::kBF16 && to == Dtype::kF32);
 }
 
 }  // namespace weightsync::kernels

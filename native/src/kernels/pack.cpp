@@ -127,14 +127,32 @@ void copy_items(const std::byte* src, std::byte* dst, const Plane& plane) {
     });
 }
 
-template <std::uint16_t (*kCast)(std::uint32_t)>
+template <auto kCast, class From>
 void cast_items(const std::byte* src, std::byte* dst, const Plane& plane) {
     for_each_item(plane, [=](std::int64_t from, std::int64_t to) {
-        std::uint32_t bits = 0;
-        std::memcpy(&bits, src + from, 4);
-        const std::uint16_t code = kCast(bits);
-        std::memcpy(dst + to, &code, 2);
+        From bits = 0;
+        std::memcpy(&bits, src + from, sizeof(bits));
+        const auto code = kCast(bits);
+        std::memcpy(dst + to, &code, sizeof(code));
     });
+}
+
+// One cast: item sizes, and how it is done on contiguous elements and on scattered ones.
+struct Cast {
+    std::int64_t src_size;
+    std::int64_t dst_size;
+    CastRun run;
+    void (*items)(const std::byte* src, std::byte* dst, const Plane& plane);
+};
+
+Cast cast_of(Dtype from, Dtype to, Isa isa) noexcept {
+    if (from == Dtype::kBF16) {
+        return {2, 4, bf16_to_f32_run(isa), cast_items<bf16_to_f32, std::uint16_t>};
+    }
+    if (to == Dtype::kBF16) {
+        return {4, 2, f32_to_bf16_run(isa), cast_items<f32_to_bf16, std::uint32_t>};
+    }
+    return {4, 2, f32_to_f16_run(isa), cast_items<f32_to_f16, std::uint32_t>};
 }
 
 void copy_plane(const std::byte* src, std::byte* dst, const Plane& plane, std::int64_t size) {
@@ -157,14 +175,12 @@ void copy_plane(const std::byte* src, std::byte* dst, const Plane& plane, std::i
     }
 }
 
-void cast_plane(const std::byte* src, std::byte* dst, const Plane& plane, Dtype to, Isa isa) {
-    const bool is_bf16 = to == Dtype::kBF16;
-    const CastRun run = is_bf16 ? f32_to_bf16_run(isa) : f32_to_f16_run(isa);
-    if (plane.inner_dst != 2) {
-        return is_bf16 ? cast_items<f32_to_bf16>(src, dst, plane)
-                       : cast_items<f32_to_f16>(src, dst, plane);
+void cast_plane(const std::byte* src, std::byte* dst, const Plane& plane, const Cast& cast) {
+    const auto [size, dst_size, run, items] = cast;
+    if (plane.inner_dst != dst_size) {
+        return items(src, dst, plane);
     }
-    if (plane.inner_src == 4) {
+    if (plane.inner_src == size) {
         for (std::int64_t i = 0; i < plane.outer_n; ++i) {
             run(src + i * plane.outer_src, dst + i * plane.outer_dst, plane.inner_n);
         }
@@ -173,15 +189,17 @@ void cast_plane(const std::byte* src, std::byte* dst, const Plane& plane, Dtype 
     // Scattered: blocks are made dense first.
     constexpr std::int64_t kRows = 64;
     constexpr std::int64_t kColumns = 128;
-    std::byte dense[4 * kRows * kColumns];
+    std::byte dense[4 * kRows * kColumns];  // no source has wider elements
     for (std::int64_t j = 0; j < plane.inner_n; j += kColumns) {
         const std::int64_t columns = std::min(kColumns, plane.inner_n - j);
         for (std::int64_t i = 0; i < plane.outer_n; i += kRows) {
             const std::int64_t rows = std::min(kRows, plane.outer_n - i);
             copy_plane(src + i * plane.outer_src + j * plane.inner_src, dense,
-                       {rows, plane.outer_src, 4 * columns, columns, plane.inner_src, 4}, 4);
+                       {rows, plane.outer_src, size * columns, columns, plane.inner_src, size},
+                       size);
             for (std::int64_t r = 0; r < rows; ++r) {
-                run(dense + 4 * r * columns, dst + (i + r) * plane.outer_dst + 2 * j, columns);
+                run(dense + size * r * columns, dst + (i + r) * plane.outer_dst + dst_size * j,
+                    columns);
             }
         }
     }
@@ -232,7 +250,7 @@ const char* check_pack_row(const std::int64_t* columns) noexcept {
 const char* check_pack_cast(const std::int64_t* columns) noexcept {
     return is_cast_supported(static_cast<Dtype>(columns[2]), static_cast<Dtype>(columns[3]))
                ? nullptr
-               : "no cast between these dtypes, only F32 -> BF16 and F32 -> F16";
+               : "no cast between these dtypes, only F32 -> BF16, F32 -> F16 and BF16 -> F32";
 }
 
 void pack_row(const PackRow& row, Isa isa) noexcept {
@@ -268,7 +286,7 @@ void pack_row(const PackRow& row, Isa isa) noexcept {
             if (is_copy) {
                 copy_plane(src, dst, plane, src_size);
             } else {
-                cast_plane(src, dst, plane, row.dst_dtype, isa);
+                cast_plane(src, dst, plane, cast_of(row.src_dtype, row.dst_dtype, isa));
             }
         }
     }
