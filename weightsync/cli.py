@@ -58,8 +58,15 @@ FABRIC_HELP = "local, cuda_ipc, tcp, verbs, ofi:tcp, ofi:shm, other providers of
 def demo(
     sources: Annotated[int, typer.Option(help="Trainer processes, FSDP2 over gloo.")] = 2,
     sinks: Annotated[
-        int, typer.Option(help="Rollout processes: two tensor-parallel replicas, or 1.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            help="Rollout processes: two tensor-parallel replicas, or 1; default 4. With "
+            "--engine vllm the ranks of one server, default 1."
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="builtin, or vllm: a real vllm serve in this environment.")
+    ] = "builtin",
     steps: Annotated[int, typer.Option(help="Optimizer steps, each one published.")] = 3,
     model: Annotated[str, typer.Option(help="qwen3 or qwen3_moe.")] = "qwen3",
     mode: Annotated[str, typer.Option(help="staged or in_place.")] = "staged",
@@ -83,13 +90,20 @@ def demo(
     def run(console: Console) -> dict[str, Any]:
         from weightsync.demo.run import DemoOptions, run_demo
 
+        if engine not in ("builtin", "vllm"):
+            raise ConfigError(f"--engine {engine}: builtin or vllm")
+        if engine == "vllm":
+            from weightsync.demo.vllm.run import VllmDemoOptions, run_vllm_demo
+
+            served = VllmDemoOptions(sources=sources, tp=sinks or 1, steps=steps, model=model)
+            return run_vllm_demo(served, console)
         if plant is not None:
             _plant(plant)
         if mode not in ("staged", "in_place"):
             raise ConfigError(f"--mode {mode}: staged or in_place")
         options = DemoOptions(
             sources=sources,
-            sinks=sinks,
+            sinks=4 if sinks is None else sinks,
             steps=steps,
             model=model,
             mode="staged" if mode == "staged" else "in_place",

@@ -177,9 +177,10 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
             self._torn = error
             raise
         except BaseException as error:
-            if sink.is_torn:
-                self._torn = TornError(f"adopting a version failed: {error}")
-            raise
+            if not sink.is_torn:
+                raise
+            self._torn = TornError(f"this rank failed to adopt a version: {error}")
+            raise self._torn from error
         self._torn = None
 
     def finish_weight_update(self) -> None:

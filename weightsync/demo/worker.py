@@ -165,9 +165,14 @@ class Worker:
         try:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             self.process.wait()
         self.channel.close()
+
+    def kill(self) -> None:
+        """End the process, and what it started, at once."""
+        with contextlib.suppress(ProcessLookupError):  # it leads a session of its own
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Team:
@@ -279,7 +284,7 @@ class Team:
 
     def __exit__(self, *exc: object) -> None:
         for worker in self.workers:
-            worker.process.kill()
+            worker.kill()
         for worker in self.workers:
             worker.end(10.0)
 

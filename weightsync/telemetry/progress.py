@@ -37,6 +37,10 @@ STAGES: Final[dict[str, str]] = {
     "decide": "votes and decision",
     "fill": "sinks: check arrivals",
     "pause": "sinks: copy over live",
+    "adopt": "every replica serves it",
+    "sink_fill": "sinks: check arrivals",
+    "sink_verify": "- digests",
+    "sink_pause": "sinks: make it live",
 }
 _MAX_VERSIONS = 3  # columns that fit a terminal of 80 characters
 
@@ -113,11 +117,12 @@ class VersionRow:
     is_committed: bool = True
 
 
-def stage_table(rows: Sequence[VersionRow]) -> Table:
+def stage_table(rows: Sequence[VersionRow], verified_how: str = "bit for bit") -> Table:
     """Where the time of every version went: a row per stage, a column per version.
 
     Args:
         rows: In order. The last ones are shown, and the median of all that were committed.
+        verified_how: What the verdict of a version rests on.
     """
     shown = list(rows)[-_MAX_VERSIONS:]
     done = [row for row in rows if row.is_committed]
@@ -142,7 +147,7 @@ def stage_table(rows: Sequence[VersionRow]) -> Table:
     middle_rate = _median([gb_per_s(r.num_bytes, r.seconds) for r in done])
     table.add_row("GB/s", *rates, "-" if middle_rate is None else f"{middle_rate:.2f}", "")
     table.add_row("replicas", *(str(row.num_replicas) for row in shown), "", "that hold it")
-    table.add_row("verified", *(_verdict(row) for row in shown), "", "bit for bit")
+    table.add_row("verified", *(_verdict(row) for row in shown), "", verified_how)
     return table
 
 

@@ -1,0 +1,90 @@
+"""What goes wrong around a real engine: it serves the old version, or nothing at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.vllm_fleet import Fleet
+from weightsync.demo.vllm.server import Api
+
+PROMPTS = [[3, 14, 15, 92, 65], [84, 104, 101, 32]]
+NUM_TOKENS = 16
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with Fleet(tmp_path, model="qwen3", dtype="float32", timeout_s=20.0) as made:
+        made.start_trainers(2)
+        made.start_server("a", tp=2)
+        made.start_server("b", tp=1)
+        made.wait_ready()
+        made.attach()
+        yield made
+
+
+def workers_of(server_pid: int) -> list[psutil.Process]:
+    """vLLM's worker processes of one server, by the names that they give themselves."""
+    family = psutil.Process(server_pid).children(recursive=True)
+    return [process for process in family if "Worker" in " ".join(process.cmdline())]
+
+
+def test_a_killed_trainer_and_a_killed_worker(fleet: Fleet) -> None:
+    """One fleet, two misfortunes: engines take long to start."""
+    fleet.train()
+    fleet.publish()
+    first = fleet.generate(PROMPTS, NUM_TOKENS)
+    best, _ = fleet.judge(PROMPTS, first)
+    assert first == best
+
+    # A rank of replica a dies while nothing is published: a goes out, b goes on.
+    a, b = fleet.servers
+    pid = fleet.ready[a]["pid"]
+    victims = workers_of(pid)
+    assert len(victims) == 2, [p.cmdline() for p in psutil.Process(pid).children(recursive=True)]
+    os.kill(victims[1].pid, signal.SIGKILL)
+    fleet.train()
+    fleet.start_publish()
+    report = fleet.team.wait(fleet.trainers, ("published", "aborted"), timeout_s=60.0)
+    events = list(report.values())
+    assert [event["event"] for event in events] == ["published"] * 2, events
+    assert {event["num_replicas"] for event in events} == {1}
+    assert refuses(fleet.apis[a])
+    api = fleet.apis[b]
+    second = [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS]
+    best, _ = fleet.judge(PROMPTS, second)
+    assert second == best
+    assert second != first
+
+    # A trainer dies while it writes: the version is aborted everywhere, the old one serves.
+    fleet.train()
+    for trainer in fleet.trainers:
+        die = trainer is fleet.trainers[-1]
+        trainer.send("publish", failpoint="source.writing@1=kill" if die else "")
+    event = fleet.team.wait(
+        [fleet.trainers[0]], "aborted", timeout_s=60.0, may_die=fleet.trainers[-1]
+    )[fleet.trainers[0]]
+    assert event["error"] == "VersionAbortedError"
+    assert "source 1" in event["message"]
+    assert fleet.trainers[-1].process.wait(10.0) == -signal.SIGKILL
+    assert [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS] == second
+    assert api.weight_version() == "2"
+    assert api.call("/is_paused") == {"is_paused": False}
+
+
+def refuses(api: Api) -> bool:
+    """Whether a server answers no request for tokens within some seconds."""
+    deadline = time.monotonic() + 30.0
+    while time.monotonic() < deadline:
+        try:
+            api.generate(PROMPTS[0], 1, timeout_s=5.0)
+        except OSError:
+            return True
+        time.sleep(0.2)
+    return False

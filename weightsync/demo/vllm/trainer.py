@@ -1,0 +1,151 @@
+"""A trainer rank: FSDP2 over gloo, real AdamW steps, and transformers as the judge of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from weightsync import Job, Source, failpoints
+from weightsync.demo.model import build_model, text
+from weightsync.demo.worker import Channel, Message
+from weightsync.errors import WeightSyncError
+
+__all__ = ["run"]
+
+_BATCH: Final = 4  # sequences per trainer and step
+_LENGTH: Final = 64
+_SEED: Final = 2024
+
+
+class _Trainer:
+    """One rank: the sharded model, its optimizer and its part of the text."""
+
+    def __init__(self, options: Message) -> None:
+        self.rank, self.world_size = int(options["rank"]), int(options["world_size"])
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{options['folder']}/gloo",
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=float(options["timeout_s"])),
+        )
+        config = json.loads(Path(options["model"], "config.json").read_text(encoding="utf-8"))
+        dtype = getattr(torch, options["dtype"])
+        torch.manual_seed(_SEED)  # the same weights everywhere before they are sharded
+        self.model: Any = build_model(config, torch.float32)
+        mesh = init_device_mesh("cpu", (self.world_size,))
+        decoder: Any = self.model.get_submodule("model.layers")
+        for layer in decoder:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=float(options["lr"]))
+        self.judge = build_model(config, dtype).eval() if self.rank == 0 else None
+        self.is_random = bool(options.get("is_random", False))
+        self.text = torch.frombuffer(bytearray(text()), dtype=torch.uint8)
+        self.random = torch.Generator().manual_seed(_SEED + 1 + self.rank)
+
+    def train(self) -> float:
+        """One optimizer step on this rank's share of the batch; the mean loss of all ranks."""
+        ids = self._batch()
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return float(mean) / self.world_size
+
+    def _batch(self) -> torch.Tensor:
+        if self.is_random:
+            vocabulary = self.model.get_input_embeddings().num_embeddings
+            return torch.randint(vocabulary, (_BATCH, _LENGTH), generator=self.random)
+        starts = torch.randint(len(self.text) - _LENGTH, (_BATCH,), generator=self.random).tolist()
+        return torch.stack([self.text[start : start + _LENGTH] for start in starts]).long()
+
+    def remember(self) -> None:
+        """Gather the weights for the judge: weightsync itself never does this."""
+        for name, value in self.model.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.judge is not None:
+                target = self.judge.state_dict()[name]
+                target.copy_(whole)
+
+    def judge_tokens(
+        self, prompts: list[list[int]], tokens: list[list[int]]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """What transformers would have said after each prefix, and by how much it was sure.
+
+        Returns:
+            The most likely token at every place, and the lead of its probability over the second.
+        """
+        assert self.judge is not None
+        best: list[list[int]] = []
+        lead: list[list[float]] = []
+        for prompt, made in zip(prompts, tokens, strict=True):
+            ids = torch.tensor([prompt + made])
+            with torch.no_grad():
+                logits = self.judge(input_ids=ids, use_cache=False).logits[0].float()
+            top = logits[len(prompt) - 1 : -1].softmax(dim=-1).topk(2, dim=-1)
+            best.append(top.indices[:, 0].tolist())
+            lead.append((top.values[:, 0] - top.values[:, 1]).tolist())
+        return best, lead
+
+
+def run(channel: Channel, options: Message, commands: Iterator[Message]) -> None:
+    """The life of one trainer rank."""
+    torch.set_num_threads(1)
+    trainer = _Trainer(options)
+    source: Source | None = None
+    channel.send(event="ready", parameters=sum(p.numel() for p in trainer.model.parameters()))
+    for command in commands:
+        if command["do"] == "join":
+            source = Source(
+                trainer.model,
+                job=Job.connect(options["job"]),
+                timeout_s=float(options["timeout_s"]),
+                fabric=options["fabric"],
+            )
+            channel.send(event="joined")
+        elif command["do"] == "train":
+            loss = trainer.train()
+            trainer.remember()
+            channel.send(event="trained", loss=loss)
+        elif command["do"] == "publish":
+            assert source is not None
+            if command.get("failpoint"):
+                failpoints.arm(command["failpoint"])
+            _publish(channel, source, command)
+        elif command["do"] == "judge":
+            best, lead = trainer.judge_tokens(command["prompts"], command["tokens"])
+            channel.send(event="judged", best=best, lead=lead)
+    if source is not None:
+        source.close()
+    with contextlib.suppress(RuntimeError):  # a peer may have been killed
+        dist.destroy_process_group()
+
+
+def _publish(channel: Channel, source: Source, command: Message) -> None:
+    try:
+        report = source.publish(tag=command.get("tag", ""), until=command.get("until", "adopted"))
+    except WeightSyncError as error:
+        why = {"error": type(error).__name__, "message": str(error)}
+        channel.send(event="aborted", **why)
+        return
+    channel.send(
+        event="published",
+        version=report.version,
+        num_bytes=report.num_bytes,
+        num_replicas=report.num_replicas,
+        seconds=report.seconds,
+        stages_s=report.stages_s,
+    )
