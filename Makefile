@@ -1,6 +1,6 @@
 # Short names for what people and CI run. All of them work on a fresh checkout.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-long bench clean
+.PHONY: help setup demo check test test-long test-vllm bench clean
 
 BIN := .venv/bin
 
@@ -12,6 +12,7 @@ help:
 	@echo "make check      format, lint, types, spelling, who may import whom"
 	@echo "make test       what CI runs"
 	@echo "make test-long  the same tests with the full counts"
+	@echo "make test-vllm  real vLLM engines, in an environment of their own (made once: minutes, 4 GB)"
 	@echo "make bench      measure transfers on this machine, one JSON object"
 	@echo "make clean      remove build outputs and caches, keep .venv"
 
@@ -30,6 +31,9 @@ test: setup
 test-long: export WEIGHTSYNC_TEST_TIER = long
 test-long: setup
 	@$(BIN)/pytest -o timeout=3600 -o faulthandler_timeout=7200
+
+test-vllm: setup
+	@scripts/stack vllm -- python -m pytest -c tests/vllm/pytest.ini tests/vllm
 
 bench: setup
 	@$(BIN)/weightsync bench transfer --json

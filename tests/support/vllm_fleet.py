@@ -56,7 +56,10 @@ class Fleet:
         self.apis: dict[Worker, Api] = {}
         self.ready: dict[Worker, Message] = {}
         self.job = Job.start(
-            f"unix:{folder}/job", min_replicas=min_replicas, journal=folder / "journal"
+            f"unix:{folder}/job",
+            min_replicas=min_replicas,
+            lease_s=40.0,  # what is frozen in a test is not to be taken for lost
+            journal=folder / "journal",
         )
 
     def start_trainers(self, count: int) -> None:

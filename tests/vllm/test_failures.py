@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ NUM_TOKENS = 16
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with Fleet(tmp_path, model="qwen3", dtype="float32", timeout_s=20.0) as made:
+    with Fleet(tmp_path, model="qwen3", dtype="float32", timeout_s=60.0) as made:
         made.start_trainers(2)
         made.start_server("a", tp=2)
         made.start_server("b", tp=1)
@@ -35,13 +35,33 @@ def workers_of(server_pid: int) -> list[psutil.Process]:
     return [process for process in family if "Worker" in " ".join(process.cmdline())]
 
 
-def test_a_killed_trainer_and_a_killed_worker(fleet: Fleet) -> None:
-    """One fleet, two misfortunes: engines take long to start."""
+def test_what_may_go_wrong(fleet: Fleet) -> None:
+    """One fleet, three misfortunes: engines take long to start."""
     fleet.train()
     fleet.publish()
     first = fleet.generate(PROMPTS, NUM_TOKENS)
     best, _ = fleet.judge(PROMPTS, first)
     assert first == best
+
+    # A trainer is frozen in the middle of a transfer: both engines go on with the old version.
+    fleet.train()
+    for trainer in fleet.trainers:
+        frozen = trainer is fleet.trainers[-1]
+        trainer.send("publish", failpoint="source.writing@1=stop" if frozen else "")
+    process = psutil.Process(fleet.trainers[-1].process.pid)
+    wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
+    assert fleet.job.status()["phase"] == "writing"
+    for _ in range(3):
+        assert fleet.generate(PROMPTS, NUM_TOKENS) == first
+    assert fleet.job.status()["phase"] == "writing"
+    assert {api.weight_version() for api in fleet.apis.values()} == {"1"}
+    os.kill(process.pid, signal.SIGCONT)
+    events = fleet.team.wait(fleet.trainers, ("published", "aborted"), timeout_s=60.0)
+    assert [event["event"] for event in events.values()] == ["published"] * 2, events
+    second = fleet.generate(PROMPTS, NUM_TOKENS)
+    best, _ = fleet.judge(PROMPTS, second)
+    assert second == best
+    assert second != first
 
     # A rank of replica a dies while nothing is published: a goes out, b goes on.
     a, b = fleet.servers
@@ -51,16 +71,15 @@ def test_a_killed_trainer_and_a_killed_worker(fleet: Fleet) -> None:
     os.kill(victims[1].pid, signal.SIGKILL)
     fleet.train()
     fleet.start_publish()
-    report = fleet.team.wait(fleet.trainers, ("published", "aborted"), timeout_s=60.0)
-    events = list(report.values())
-    assert [event["event"] for event in events] == ["published"] * 2, events
-    assert {event["num_replicas"] for event in events} == {1}
+    events = fleet.team.wait(fleet.trainers, ("published", "aborted"), timeout_s=60.0)
+    assert [event["event"] for event in events.values()] == ["published"] * 2, events
+    assert {event["num_replicas"] for event in events.values()} == {1}
     assert refuses(fleet.apis[a])
     api = fleet.apis[b]
-    second = [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS]
-    best, _ = fleet.judge(PROMPTS, second)
-    assert second == best
-    assert second != first
+    third = [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS]
+    best, _ = fleet.judge(PROMPTS, third)
+    assert third == best
+    assert third != second
 
     # A trainer dies while it writes: the version is aborted everywhere, the old one serves.
     fleet.train()
@@ -73,9 +92,16 @@ def test_a_killed_trainer_and_a_killed_worker(fleet: Fleet) -> None:
     assert event["error"] == "VersionAbortedError"
     assert "source 1" in event["message"]
     assert fleet.trainers[-1].process.wait(10.0) == -signal.SIGKILL
-    assert [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS] == second
-    assert api.weight_version() == "2"
+    assert [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS] == third
+    assert api.weight_version() == "3"
     assert api.call("/is_paused") == {"is_paused": False}
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def refuses(api: Api) -> bool:
