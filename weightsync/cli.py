@@ -350,13 +350,24 @@ def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 @app.command()
-def doctor(as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
+def doctor(
+    vllm: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Also ask a vLLM server, such as http://127.0.0.1:8000."),
+    ] = None,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
     """Say what this host can do, and what to install for more."""
 
     def run(console: Console) -> dict[str, Any]:
         from weightsync.doctor import run_doctor
 
-        return run_doctor(console)
+        if vllm is None:
+            return run_doctor(console)
+        from weightsync.doctor_vllm import check_vllm
+
+        return run_doctor(console, check_vllm(vllm))
 
     execute("doctor", run, as_json=as_json, debug=debug)
 

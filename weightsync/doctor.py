@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -170,17 +170,18 @@ def examine(host: Host | None = None) -> list[Check]:
     return checks
 
 
-def run_doctor(console: Console) -> dict[str, Any]:
+def run_doctor(console: Console, more: Sequence[Check] = ()) -> dict[str, Any]:
     """Look at everything and print a table.
 
     Args:
         console: Where to print.
+        more: What was looked at besides.
 
     Returns:
         The keys of `weightsync.doctor/1`, without "schema": `ok` (nothing that `local` needs is
         missing), `fabrics` that work now, `checks`.
     """
-    checks = examine()
+    checks = [*examine(), *more]
     broken = [check for check in checks if check.is_needed and check.status == "missing"]
     works = {check.name for check in checks if check.status == "ok"}
     fabrics = [] if broken else ["local", "sim", *(["tcp"] if "fabric tcp" in works else [])]

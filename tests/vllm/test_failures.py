@@ -13,6 +13,7 @@ import pytest
 
 from support.vllm_fleet import Fleet
 from weightsync.demo.vllm.server import Api
+from weightsync.doctor_vllm import check_vllm
 
 PROMPTS = [[3, 14, 15, 92, 65], [84, 104, 101, 32]]
 NUM_TOKENS = 16
@@ -42,6 +43,10 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     first = fleet.generate(PROMPTS, NUM_TOKENS)
     best, _ = fleet.judge(PROMPTS, first)
     assert first == best
+
+    # What an operator would ask: both can follow a job, and only this host can reach their routes.
+    for api in fleet.apis.values():
+        assert [check.status for check in check_vllm(api.url)] == ["ok", "ok"]
 
     # A trainer is frozen in the middle of a transfer: both engines go on with the old version.
     fleet.train()

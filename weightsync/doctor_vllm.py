@@ -1,0 +1,125 @@
+"""`weightsync doctor --vllm URL`: whether a server can follow a job, and who else can reach it."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import socket
+import urllib.error
+import urllib.request
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from weightsync.doctor import Check
+from weightsync.errors import ConfigError
+from weightsync.integrations.vllm.plugin import TESTED_VERSIONS
+
+__all__ = ["check_vllm"]
+
+_ANSWER_S: Final = 5.0
+_KNOCK_S: Final = 1.0
+_SERVE: Final = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 "
+    """--weight-transfer-config '{"backend": "weightsync"}'"""
+)
+
+
+def check_vllm(url: str) -> list[Check]:
+    """Ask a server what `attach` needs, and knock at its port from outside.
+
+    vLLM's development routes take no password: whoever reaches them can pause the engine, have it
+    join another job, or overwrite its weights. Nothing is changed by asking.
+
+    Args:
+        url: Base URL of the API server.
+
+    Raises:
+        ConfigError: It is no URL.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--vllm {url}: write a URL such as http://127.0.0.1:8000")
+    url = url.rstrip("/")
+    try:
+        _get(url + "/health")
+    except OSError as error:
+        return [Check("vllm server", "missing", f"{url}: {error}", f"start it with: {_SERVE}")]
+    return [_version(url), *_routes(url, parts.hostname, parts.port or 80)]
+
+
+def _version(url: str) -> Check:
+    version = str(_get(url + "/version").get("version", "unknown"))
+    known = any(version.startswith(f"{tested}.") for tested in TESTED_VERSIONS)
+    if known:
+        return Check("vllm version", "ok", version)
+    return Check(
+        "vllm version",
+        "missing",
+        f"{version}; weightsync was tested with {', '.join(TESTED_VERSIONS)}",
+        "install one of those: another vLLM refuses to join",
+    )
+
+
+def _routes(url: str, host: str, port: int) -> list[Check]:
+    try:
+        shown = _get(url + "/weight_info")
+    except urllib.error.HTTPError:
+        return [
+            Check("vllm routes", "missing", "no development routes", f"start it with: {_SERVE}")
+        ]
+    serves = f"development routes answer; weight version {shown.get('weight_version')}"
+    open_at = [host] if not _is_loopback(host) else _reachable_elsewhere(port)
+    if not open_at:
+        return [Check("vllm routes", "ok", f"{serves}; on loopback only")]
+    return [
+        Check(
+            "vllm routes",
+            "warning",
+            f"{serves}, without a password, at {', '.join(open_at)}:{port}",
+            "whoever reaches them can replace the weights: serve with --host 127.0.0.1, or keep "
+            "others out with a firewall",
+        )
+    ]
+
+
+def _reachable_elsewhere(port: int) -> list[str]:
+    """Addresses of this host, other than loopback, where the routes answer too."""
+    found = []
+    for address in sorted(_own_addresses()):
+        host = f"[{address}]" if ":" in address else address
+        try:
+            _get(f"http://{host}:{port}/weight_info", timeout_s=_KNOCK_S)
+        except (OSError, ValueError):
+            continue
+        found.append(address)
+    return found
+
+
+def _own_addresses() -> set[str]:
+    """Addresses that other hosts may know this one by."""
+    found: set[str] = set()
+    for family, peer in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((peer, 9))  # sends nothing; only a route is chosen
+            except OSError:
+                continue
+            found.add(probe.getsockname()[0])
+    with contextlib.suppress(OSError):
+        found |= {str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)}
+    return {address for address in found if not _is_loopback(address)}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _get(url: str, *, timeout_s: float = _ANSWER_S) -> dict[str, Any]:
+    with urllib.request.urlopen(url, timeout=timeout_s) as reply:
+        content = reply.read(1 << 20)
+    answer = json.loads(content) if content else {}
+    return answer if isinstance(answer, dict) else {}
