@@ -1,6 +1,6 @@
 # Short names for what people and CI run. All of them work on a fresh checkout.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-long test-vllm bench clean
+.PHONY: help setup demo check test test-long test-vllm test-trl bench clean
 
 BIN := .venv/bin
 
@@ -13,6 +13,7 @@ help:
 	@echo "make test       what CI runs"
 	@echo "make test-long  the same tests with the full counts"
 	@echo "make test-vllm  real vLLM engines, in an environment of their own (made once: minutes, 4 GB)"
+	@echo "make test-trl   real Trainer and TRL runs that drive vLLM, in two environments of their own"
 	@echo "make bench      measure transfers on this machine, one JSON object"
 	@echo "make clean      remove build outputs and caches, keep .venv"
 
@@ -34,6 +35,9 @@ test-long: setup
 
 test-vllm: setup
 	@scripts/stack vllm -- python -m pytest -c tests/vllm/pytest.ini tests/vllm
+
+test-trl: setup
+	@scripts/stack trl -- python -m pytest -c tests/trl/pytest.ini tests/trl
 
 bench: setup
 	@$(BIN)/weightsync bench transfer --json
