@@ -115,6 +115,11 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
             raise ConfigError(
                 f"this server was started for the job {own_job}, and does not join {init_info.job}"
             )
+        if self.parallel_config.enable_eplb:
+            raise ConfigError(
+                "expert load balancing (EPLB) moves experts between ranks while a version is on "
+                "its way; start vLLM without --enable-eplb"
+            )
         self.shutdown()
         tensors = _canonical(self.model_config.hf_config.to_dict(), self.model_config.dtype)
         recording = record_worker(self.vllm_config, tensors)

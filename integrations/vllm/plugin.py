@@ -6,7 +6,7 @@ __all__ = ["BACKEND", "TESTED_VERSIONS", "register"]
 
 BACKEND = "weightsync"
 
-# Versions whose classes, reload helpers and routes are what this package expects. 0.32 is run in CI;
+# Versions whose classes, reload helpers and routes are what this package expects. 0.32 runs in CI;
 # 0.33 has no CPU build yet: its reload helpers are the same files, every name used was looked up.
 TESTED_VERSIONS = ("0.32", "0.33")
 
