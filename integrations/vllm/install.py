@@ -26,6 +26,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload.layerwise import (
     _copy_and_restore_kernel_tensors,
+    _place_kernel_tensors,
     get_layerwise_info,
 )
 from vllm.model_executor.model_loader.reload.meta import materialize_layer, restore_layer_on_meta
@@ -112,6 +113,18 @@ class Installer:
         info = get_layerwise_info(module)
         info.kernel_tensors = get_layer_params_buffers(module)
         info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
+        try:
+            self._make_anew(path, module, staged)
+            _copy_and_restore_kernel_tensors(module, info)
+        except BaseException:
+            # Whatever is in them: the tensors that kernels know stay attached for the next version.
+            _place_kernel_tensors(module, info)
+            raise
+        finally:
+            info.reset()
+
+    def _make_anew(self, path: str, module: nn.Module, staged: Mapping[str, Tensor]) -> None:
+        info = get_layerwise_info(module)
         restore_layer_on_meta(module, info)
         materialize_layer(module, info)
         names = self._sites[path]
@@ -122,7 +135,7 @@ class Installer:
         for attribute, name in names.items():
             _write(getattr(module, attribute), staged[name])
         method: Any = module.quant_method
-        if isinstance(method, UnquantizedFusedMoEMethod) and not _is_kept(method.moe_kernel):
+        if isinstance(method, UnquantizedFusedMoEMethod) and not _keeps_kernel(method.moe_kernel):
             # vLLM takes a kernel that is there for a sign that only its weights change, and leaves
             # out what the experts do for themselves after loading: wrong tokens on CPUs, whose
             # experts pack there.
@@ -133,8 +146,6 @@ class Installer:
         update: Any = getattr(module, "update_param_tp_status", None)
         if update is not None:
             update()
-        _copy_and_restore_kernel_tensors(module, info)
-        info.reset()
 
     def _check(self, path: str) -> bool:
         """Whether a layer is written in place; raises if it cannot be made live at all."""
@@ -233,7 +244,9 @@ def _refuse_unless_known(path: str, module: nn.Module) -> None:
         raise LayoutError(f"{path} {why}", tensor=path)
 
 
-def _is_kept(kernel: Any) -> bool:
-    """Whether the experts of a kernel have no post-load step of their own."""
+def _keeps_kernel(kernel: Any) -> bool:
+    """Whether a kernel can stay: its experts have no post-load step of their own."""
+    if kernel is None:
+        return True
     step = type(kernel.fused_experts).process_weights_after_loading
     return step is FusedMoEExperts.process_weights_after_loading

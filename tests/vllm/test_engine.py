@@ -30,7 +30,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.weight_transfer import factory
 from vllm.distributed.weight_transfer.base import ModuleSource
 
-from weightsync.integrations.vllm import attach, engine, install, refit, register, twin
+from weightsync.integrations.vllm import attach, engine, refit, register, twin
 from weightsync.integrations.vllm.trainer import WeightSyncTrainerInitInfo
 
 PROMPTS = [[3, 14, 15, 92, 65], [84, 104, 101, 32]]
@@ -141,23 +141,23 @@ def test_versions_one_after_the_other(llm: LLM, trainer: Any) -> None:
 def test_an_engine_that_fails_half_way_computes_nothing(
     llm: LLM, trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = worker_engine(llm).model
     with Job.start() as job:
         attach([llm], job=job)
         with Source(trainer, job=job, rank=0, world_size=1) as source:
             source.publish()
-            real, calls = install.Installer._reload, []
+            pointers = {name: at for name, (at, _) in fingerprint(model).items()}
+            method = type(model.model.layers[1].mlp.experts.routed_experts.quant_method)
+            real = method.process_weights_after_loading
 
-            def fails(self: Any, path: str, module: Any, staged: Any) -> None:
-                calls.append(path)
-                if len(calls) == 3:
-                    raise RuntimeError("no memory left for packing")
-                real(self, path, module, staged)
+            def fails(self: Any, layer: Any) -> None:
+                real(self, layer)
+                raise RuntimeError("no memory left for packing")
 
-            monkeypatch.setattr(install.Installer, "_reload", fails)
+            monkeypatch.setattr(method, "process_weights_after_loading", fails)
             with pytest.raises(TornError, match="no memory left"):
                 refit(llm)
-            monkeypatch.setattr(install.Installer, "_reload", real)
-            assert len(calls) == 3
+            monkeypatch.setattr(method, "process_weights_after_loading", real)
             # Not by generate: vLLM does not survive a step that raises, which is what we want.
             with pytest.raises(TornError):
                 worker_engine(llm).model(torch.tensor([1]), torch.tensor([0]))
@@ -167,6 +167,8 @@ def test_an_engine_that_fails_half_way_computes_nothing(
             source.publish()
             refit(llm)
             assert generate(llm) == expected(trainer)
+            # Where kernels look is where they looked before, whatever happened in between.
+            assert {name: at for name, (at, _) in fingerprint(model).items()} == pointers
 
 
 def test_vllms_own_trainer_interface(llm: LLM, trainer: Any) -> None:
