@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from weightsync.errors import LayoutError
-from weightsync.integrations.recording.resolve import fills_of, pieces_of, whole_fill
+from weightsync.integrations.recording.fills import fills_of, whole_fill
+from weightsync.integrations.recording.resolve import pieces_of
 from weightsync.integrations.recording.writes import Dim, Recorded, Storage, Write
 
 __all__ = ["Recorder"]
@@ -80,7 +81,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         shape = tuple(parameter.shape)
         storage = self._storages.get(_identity(parameter))
-        if storage is None or not storage.holds_weights:
+        if storage is None or not (storage.holds_weights or storage.is_loaded):
             fills = whole_fill(storage, shape)
             return Recorded(shape, parameter.dtype, (), fills, is_loaded=False)
         if not parameter.is_contiguous() or parameter.storage_offset() != 0:
@@ -199,10 +200,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
             return
         if dst.numel() == 0:
+            # Nothing of a weight may be left for this rank; the parameter is loaded all the same.
+            target.is_loaded |= source is not None and source.holds_weights
             return
         if source is None or not source.holds_weights:
-            value = _constant_of(src) if source is None or source.writes else source.background
+            known = () if source is None else whole_fill(source, source.shape)
+            value = known[0].value if known else _constant_of(src)
             target.writes.append(replace(_region(dst), value=value))
+            target.is_loaded |= source is not None and source.is_loaded
             return
         self._require_items(dst, target)
         self._require_items(src, source)
@@ -211,6 +216,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not fills:
                 raise self._refusal(_aten.fill_.Scalar, [src])
             target.writes.append(replace(_region(dst), value=fills[0].value))
+            target.is_loaded = True  # with a constant: bias that only one rank adds
             return
         _require_exact_casts(source, target.dtype)
         dims = tuple(

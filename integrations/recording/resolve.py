@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from weightsync.errors import LayoutError
 from weightsync.integrations.recording.writes import (
     Dim,
-    Fill,
     Index,
     RecordedPiece,
     Storage,
     Write,
+    dense,
+    digits_of,
 )
 
-__all__ = ["fills_of", "pieces_of", "whole_fill"]
+__all__ = ["pieces_of"]
 
 # Loaders that scatter single elements would make a plan of single elements.
 _MAX_SPLIT = 4096
@@ -27,40 +27,117 @@ _MAX_SPLIT = 4096
 
 def pieces_of(storage: Storage) -> list[RecordedPiece]:
     """The canonical content of a storage; later writes hide earlier ones of the same region."""
-    found: dict[tuple[int, tuple[tuple[int, int], ...]], list[RecordedPiece]] = {}
+    found: dict[_Region, list[RecordedPiece]] = {}
     for write in storage.writes:
         region = (write.dst_offset, tuple((dim.n, dim.dst) for dim in write.dims))
         found.pop(region, None)
         if math.prod(n for n, _ in region[1]) == storage.numel:
             found.clear()
         if write.source is None:
+            if any(_meet(region, other, storage.numel) for other in found):
+                raise LayoutError(
+                    "the engine's loader overwrites a part of what it copied with a constant; "
+                    "this cannot be recorded"
+                )
             continue
         found[region] = list(_through_write(write, write.source))
     return [piece for pieces in found.values() for piece in pieces]
 
 
+_Region = tuple[int, tuple[tuple[int, int], ...]]
+
+
+def _meet(one: _Region, other: _Region, numel: int) -> bool:
+    """Whether two strided regions of a storage have an element in common."""
+    ends = [offset + sum((n - 1) * stride for n, stride in dims) for offset, dims in (one, other)]
+    if one[0] > ends[1] or other[0] > ends[0]:
+        return False
+    taken = torch.zeros(numel, dtype=torch.bool, device="cpu")
+    views = [
+        taken.as_strided([n for n, _ in dims], [stride for _, stride in dims], offset)
+        for offset, dims in (one, other)
+    ]
+    views[0].fill_(True)
+    return bool(views[1].any())
+
+
 def _through_write(write: Write, source: Storage) -> Iterator[RecordedPiece]:
+    strides = dense(source.shape)
+    below = (
+        []
+        if source.tensor
+        else [part for piece in pieces_of(source) for part in _aligned(piece, source.shape)]
+    )
     for dims, src_offset, dst_offset in _conformed(write, source.shape):
-        start = _digits(src_offset, source.shape)
-        along: dict[int, Dim] = {}
-        steps: dict[int, int] = {}
-        strides = _dense(source.shape)
-        for dim in dims:
-            axis = _axis(dim.src, strides)
-            along[axis], steps[axis] = dim, dim.src // strides[axis]
+        along = {_axis(dim.src, strides): dim for dim in dims}
         axes = range(len(source.shape))
         box = _Box(
-            start,
+            digits_of(src_offset, source.shape),
             tuple(along[a].n if a in along else 1 for a in axes),
-            tuple(steps.get(a, 1) for a in axes),
+            tuple(along[a].src // strides[a] if a in along else 1 for a in axes),
             dst_offset,
             tuple(along[a].dst if a in along else 0 for a in axes),
         )
         if source.tensor:
             yield RecordedPiece(source.tensor, box.lo, box.n, box.step, box.offset, box.stride)
+        for piece in below:
+            yield from _through(piece, source.shape, box)
+
+
+def _aligned(piece: RecordedPiece, shape: Index) -> Iterator[RecordedPiece]:
+    """Cuts a piece so that every dim of it runs along one dim of the tensor that it lies in."""
+    strides = dense(shape)
+    rest = [piece]
+    num_whole = 0
+    while rest:
+        part = rest.pop()
+        smaller = _cut_piece(part, shape, strides)
+        if smaller is None:
+            num_whole += 1
+            yield part
         else:
-            for piece in pieces_of(source):
-                yield from _through(piece, source.shape, box)
+            rest += reversed(smaller)
+        if num_whole + len(rest) > _MAX_SPLIT:
+            raise LayoutError(
+                f"the engine's loader reshapes a copy of {piece.tensor} into more than "
+                f"{_MAX_SPLIT} pieces; this cannot be recorded",
+                tensor=piece.tensor,
+            )
+
+
+def _cut_piece(piece: RecordedPiece, shape: Index, strides: Index) -> list[RecordedPiece] | None:
+    start = digits_of(piece.offset, shape)
+    taken: set[int] = set()
+    for k in sorted(range(len(piece.n)), key=lambda k: -piece.n[k]):
+        n = piece.n[k]
+        if n == 1:
+            continue
+        axis = _axis(piece.stride[k], strides)
+        room = -(-(shape[axis] - start[axis]) // (piece.stride[k] // strides[axis]))
+        if axis in taken:
+            room = 1
+        elif n <= room:
+            taken.add(axis)
+            continue
+        count = min(room, n - 1)
+        return [_sub(piece, k, 0, count), _sub(piece, k, count, n - count)]
+    return None
+
+
+def _sub(piece: RecordedPiece, k: int, first: int, n: int) -> RecordedPiece:
+    """The elements `first ... first + n - 1` along a dim of a piece."""
+    return RecordedPiece(
+        piece.tensor,
+        _replaced(piece.lo, k, piece.lo[k] + piece.step[k] * first),
+        _replaced(piece.n, k, n),
+        piece.step if n > 1 else _replaced(piece.step, k, 1),
+        piece.offset + piece.stride[k] * first,
+        piece.stride if n > 1 else _replaced(piece.stride, k, 0),
+    )
+
+
+def _replaced(values: Index, k: int, value: int) -> Index:
+    return (*values[:k], value, *values[k + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +153,8 @@ class _Box:
 
 def _through(piece: RecordedPiece, shape: Index, box: _Box) -> Iterator[RecordedPiece]:
     """What of a piece of an intermediate tensor is copied on, and where to."""
-    strides = _dense(shape)
-    start = list(_digits(piece.offset, shape))
+    strides = dense(shape)
+    start = list(digits_of(piece.offset, shape))
     lo, n, step = list(piece.lo), list(piece.n), list(piece.step)
     moved = [0] * len(n)
     offset = box.offset
@@ -87,12 +164,6 @@ def _through(piece: RecordedPiece, shape: Index, box: _Box) -> Iterator[Recorded
             continue
         axis = _axis(stride, strides)
         jump = stride // strides[axis]
-        if axis in used or start[axis] + (count - 1) * jump >= shape[axis]:
-            raise LayoutError(
-                f"the engine's loader reshapes a copy of {piece.tensor} before placing it; this "
-                "cannot be recorded",
-                tensor=piece.tensor,
-            )
         used.add(axis)
         # i with start + jump * i = lo + step * u, 0 <= u < n
         hits = [
@@ -134,178 +205,77 @@ def _through(piece: RecordedPiece, shape: Index, box: _Box) -> Iterator[Recorded
     )
 
 
-def _conformed(write: Write, shape: Index) -> Iterator[tuple[tuple[Dim, ...], int, int]]:
+_Cut = tuple[list[Dim], int, int]
+
+
+def _conformed(write: Write, shape: Index) -> Iterator[tuple[list[Dim], int, int]]:
     """Cuts a copy so that every dim of it runs along one dim of the source's shape.
 
     Yields:
         Dims, first element of the source, first element of the destination.
     """
-    strides = _dense(shape)
-    digits = _digits(write.src_offset, shape)
-    dims: list[Dim] = []
-    for dim in write.dims:
-        dims += _split(dim, strides, shape, digits)
-    taken: dict[int, Dim] = {}
-    loose: list[Dim] = []
-    for dim in sorted(dims, key=lambda dim: -dim.n):
-        axis = _axis(dim.src, strides) if dim.src else -1
-        if axis < 0 or axis in taken:
-            loose.append(dim)
+    strides = dense(shape)
+    rest: list[_Cut] = [(list(write.dims), write.src_offset, write.dst_offset)]
+    num_whole = 0
+    while rest:
+        part = rest.pop()
+        smaller = _cut(part, shape, strides)
+        if smaller is None:
+            num_whole += 1
+            yield part
         else:
-            taken[axis] = dim
-    if math.prod(dim.n for dim in loose) > _MAX_SPLIT:
-        raise LayoutError(
-            f"the engine's loader scatters a tensor of shape {shape} in more than {_MAX_SPLIT} "
-            "pieces; this cannot be recorded"
-        )
-    offsets = [(write.src_offset, write.dst_offset)]
-    for dim in loose:
-        offsets = [
-            (src + i * dim.src, dst + i * dim.dst) for src, dst in offsets for i in range(dim.n)
+            rest += reversed(smaller)
+        if num_whole + len(rest) > _MAX_SPLIT:
+            raise LayoutError(
+                f"the engine's loader scatters a tensor of shape {shape} in more than "
+                f"{_MAX_SPLIT} pieces; this cannot be recorded"
+            )
+
+
+def _cut(part: _Cut, shape: Index, strides: Index) -> list[_Cut] | None:
+    """Cuts at the first dim that runs along no dim of the shape alone; None if all do."""
+    dims, src, dst = part
+    digits = digits_of(src, shape)
+    taken: set[int] = set()
+    for dim in sorted(dims, key=lambda dim: -dim.n):
+        others = [other for other in dims if other is not dim]
+        axis = _axis(dim.src, strides) if dim.src else -1
+        if axis < 0 or axis in taken:  # one element read often, or two dims along one
+            if dim.n > _MAX_SPLIT:
+                raise LayoutError(
+                    f"the engine's loader scatters a tensor of shape {shape} in more than "
+                    f"{_MAX_SPLIT} pieces; this cannot be recorded"
+                )
+            return [(others, src + i * dim.src, dst + i * dim.dst) for i in range(dim.n)]
+        taken.add(axis)
+        step = dim.src // strides[axis]
+        room = -(-(shape[axis] - digits[axis]) // step)
+        if dim.n <= room:
+            continue
+        # Beyond the end of a row: whole rows make two dims of one, what is left is cut off.
+        is_aligned = digits[axis] < step and shape[axis] % step == 0
+        if is_aligned and dim.n % room == 0:
+            inner = Dim(room, dim.src, dim.dst)
+            outer = Dim(dim.n // room, dim.src * room, dim.dst * room)
+            return [([*others, inner, outer], src, dst)]
+        first = dim.n - dim.n % room if is_aligned else room
+        return [
+            ([*others, *_dim(first, dim)], src, dst),
+            ([*others, *_dim(dim.n - first, dim)], src + first * dim.src, dst + first * dim.dst),
         ]
-    for src_offset, dst_offset in offsets:
-        yield tuple(taken.values()), src_offset, dst_offset
+    return None
 
 
-def _split(dim: Dim, strides: Index, shape: Index, digits: Index) -> list[Dim]:
-    """Cuts a dim of a view that runs over several dims of the tensor below it."""
-    if dim.src == 0:
-        return [dim]
-    axis = _axis(dim.src, strides)
-    step = dim.src // strides[axis]
-    room = -(-(shape[axis] - digits[axis]) // step)
-    if dim.n <= room:
-        return [dim]
-    if digits[axis] or shape[axis] % step or dim.n % room:
-        raise LayoutError(
-            f"the engine's loader takes elements of a tensor of shape {shape} across the end of "
-            "its rows; this cannot be recorded"
-        )
-    inner = Dim(room, dim.src, dim.dst)
-    outer = Dim(dim.n // room, dim.src * room, dim.dst * room)
-    return [inner, *_split(outer, strides, shape, digits)]
+def _dim(n: int, like: Dim) -> list[Dim]:
+    return [Dim(n, like.src, like.dst)] if n > 1 else []
 
 
 def _axis(stride: int, strides: Index) -> int:
     """The dim of a dense tensor that a stride runs along: the widest that divides it."""
-    for axis, dense in enumerate(strides):
-        if dense <= stride and stride % dense == 0:
+    for axis, own in enumerate(strides):
+        if own <= stride and stride % own == 0:
             return axis
     raise LayoutError(
         f"the engine's loader takes every {stride}th element of a tensor with strides {strides}; "
         "this cannot be recorded"
     )
-
-
-def _dense(shape: Index) -> Index:
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
-def _digits(offset: int, shape: Index) -> Index:
-    found = []
-    for stride in _dense(shape):
-        found.append(offset // stride)
-        offset %= stride
-    return tuple(found)
-
-
-# ---- what no canonical tensor fills ----
-
-
-def fills_of(storage: Storage, shape: Index, pieces: Sequence[RecordedPiece]) -> Iterator[Fill]:
-    """Boxes that no piece covers, with the value that the engine leaves there."""
-    if sum(piece.volume for piece in pieces) >= storage.numel:
-        return
-    boxes = [_covered(piece, shape) for piece in pieces]
-    cuts = [
-        sorted({0, size, *(b[0][d] for b in boxes), *(b[0][d] + b[1][d] for b in boxes)})
-        for d, size in enumerate(shape)
-    ]
-    taken = torch.zeros([len(c) - 1 for c in cuts], dtype=torch.bool, device="cpu")
-    place = [{start: i for i, start in enumerate(c)} for c in cuts]
-    for lo, n in boxes:
-        taken[
-            tuple(
-                slice(place[d][a], place[d][a + k])
-                for d, (a, k) in enumerate(zip(lo, n, strict=True))
-            )
-        ] = True
-    strides = _dense(shape)
-    values = [write for write in storage.writes if write.source is None]
-    for cell in _free_boxes(taken):
-        lo = tuple(cuts[d][a] for d, (a, _) in enumerate(cell))
-        n = tuple(cuts[d][b] - cuts[d][a] for d, (a, b) in enumerate(cell))
-        offset = sum(a * s for a, s in zip(lo, strides, strict=True))
-        value = storage.background if storage.background is not None else 0.0
-        for write in values:
-            if _reaches(write, offset):
-                if write.value is None:
-                    raise LayoutError(
-                        "the engine's loader fills a part of it with values of its own that are "
-                        "no constant; this cannot be recorded"
-                    )
-                value = write.value
-        yield Fill(
-            offset, n, tuple(0 if k == 1 else s for k, s in zip(n, strides, strict=True)), value
-        )
-
-
-def whole_fill(storage: Storage | None, shape: Index) -> tuple[Fill, ...]:
-    """The one value of a tensor that the loader leaves alone, where that is known."""
-    if storage is None or storage.shape != shape:
-        return ()
-    value = storage.background
-    for write in storage.writes:
-        if math.prod(dim.n for dim in write.dims) != storage.numel:
-            return ()
-        value = write.value
-    return () if value is None else (Fill(0, shape, _dense(shape), value),)
-
-
-def _covered(piece: RecordedPiece, shape: Index) -> tuple[Index, Index]:
-    """The box of a parameter's index space that a piece fills without gaps."""
-    strides = _dense(shape)
-    lo = list(_digits(piece.offset, shape))
-    n = [1] * len(shape)
-    for count, stride in sorted(zip(piece.n, piece.stride, strict=True), key=lambda d: d[1]):
-        if count == 1:
-            continue
-        for axis in reversed(range(len(shape))):
-            # Several dims of the tensor may run along one dim of the parameter, one inside another.
-            if stride == strides[axis] * n[axis] and n[axis] * count <= shape[axis]:
-                n[axis] *= count
-                break
-        else:
-            raise LayoutError(
-                f"the engine's loader leaves gaps between elements of {piece.tensor}, and nobody "
-                "fills them; this cannot be recorded",
-                tensor=piece.tensor,
-            )
-    return tuple(lo), tuple(n)
-
-
-def _free_boxes(taken: Tensor) -> Iterator[list[tuple[int, int]]]:
-    """Cuts the cells that are free into boxes; half-open ranges per dim."""
-    free = ~taken
-    while bool(free.any()):
-        first = [int(i) for i in free.nonzero()[0]]
-        box = [(i, i + 1) for i in first]
-        for dim in reversed(range(free.ndim)):
-            while box[dim][1] < free.shape[dim]:
-                wider = [*box]
-                wider[dim] = (box[dim][1], box[dim][1] + 1)
-                if not bool(free[tuple(slice(a, b) for a, b in wider)].all()):
-                    break
-                box[dim] = (box[dim][0], box[dim][1] + 1)
-        free[tuple(slice(a, b) for a, b in box)] = False
-        yield box
-
-
-def _reaches(write: Write, element: int) -> bool:
-    rest = element - write.dst_offset
-    for dim in sorted(write.dims, key=lambda dim: -dim.dst):
-        index = min(rest // dim.dst, dim.n - 1) if dim.dst else 0
-        if index < 0:
-            return False
-        rest -= index * dim.dst
-    return rest == 0

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["Dim", "Fill", "Index", "Recorded", "RecordedPiece", "Storage", "Write"]
+__all__ = [
+    "Dim",
+    "Fill",
+    "Index",
+    "Recorded",
+    "RecordedPiece",
+    "Storage",
+    "Write",
+    "dense",
+    "digits_of",
+]
 
 Index = tuple[int, ...]
 
@@ -94,7 +104,8 @@ class Write:
 class Storage:
     """A storage that was made while recording; `tensor` is set for canonical ones.
 
-    `keep` holds the real one, so that its identity is not given to another.
+    `keep` holds the real one, so that its identity is not given to another. `is_loaded`: something
+    was copied here that had been a weight before the loader overwrote it with a constant.
     """
 
     shape: Index
@@ -102,6 +113,7 @@ class Storage:
     keep: Any
     tensor: str = ""
     background: float | None = None
+    is_loaded: bool = False
     writes: list[Write] = field(default_factory=list)
 
     @property
@@ -113,3 +125,17 @@ class Storage:
     def holds_weights(self) -> bool:
         """Whether it is a canonical tensor, or something of one was copied here."""
         return bool(self.tensor) or any(write.source is not None for write in self.writes)
+
+
+def dense(shape: Index) -> Index:
+    """Row-major strides of a shape, in elements."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def digits_of(offset: int, shape: Index) -> Index:
+    """The index along each dim of an element that is so far from the first one."""
+    found = []
+    for stride in dense(shape):
+        found.append(offset // stride)
+        offset %= stride
+    return tuple(found)

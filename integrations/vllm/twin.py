@@ -8,6 +8,7 @@ meta device, and loaded by vLLM's own `load_weights` (see `weightsync.integratio
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import utils as model_utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from weightsync.errors import LayoutError, UnknownTensorError, WeightSyncError
@@ -96,7 +99,13 @@ def record_worker(
     """
     config = _private(vllm_config)
     model_config = config.model_config
-    with _private_rotary(), Recorder() as recorder, set_current_vllm_config(config):
+    with (
+        _private_rotary(),
+        _real_expert_maps(),
+        _private_stage(),
+        Recorder() as recorder,
+        set_current_vllm_config(config),
+    ):
         with set_default_torch_dtype(model_config.dtype), torch.device("meta"):
             twin = initialize_model(vllm_config=config, model_config=model_config)
             _load(twin, recorder, tensors)
@@ -123,6 +132,36 @@ def _private_rotary() -> Iterator[None]:
     finally:
         shared.clear()
         shared.update(before)
+
+
+@contextmanager
+def _private_stage() -> Iterator[None]:
+    """Keep the twin out of vLLM's list of what stages lack, whose key is the id of a model."""
+    lists: dict[int, Any] = model_utils._model_to_pp_missing_layer_names
+    before = dict(lists)
+    lists.clear()
+    try:
+        yield
+    finally:
+        lists.clear()
+        lists.update(before)
+
+
+@contextmanager
+def _real_expert_maps() -> Iterator[None]:
+    """Let the tables of experts be real ones: the loader asks them which experts are held here."""
+    make = ExpertMapManager.__init__
+
+    @functools.wraps(make)
+    def make_on_host(*args: Any, **kwargs: Any) -> None:
+        with torch.device("cpu"):
+            make(*args, **kwargs)
+
+    ExpertMapManager.__init__ = make_on_host
+    try:
+        yield
+    finally:
+        ExpertMapManager.__init__ = make
 
 
 def _load(
