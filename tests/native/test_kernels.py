@@ -357,56 +357,6 @@ def test_casts_write_exactly_their_elements_at_any_alignment(sink: Dtype) -> Non
                 assert (memory[shift + 2 * n :] == 0xA5).all()
 
 
-def widened(codes: Array, isa: str) -> Array:
-    out = np.zeros(codes.shape, np.uint32)
-    _native.pack(pack_row(codes, out, Dtype.BF16, Dtype.F32), isa=isa)
-    return out
-
-
-def test_widening_of_every_bf16_code() -> None:
-    codes = np.arange(65536, dtype=np.uint16)
-    exact = torch.from_numpy(codes.view(np.int16)).view(torch.bfloat16).float()
-    for isa in ISAS:
-        found = widened(codes, isa)
-        np.testing.assert_array_equal(found, reference_cast(codes, Dtype.BF16, Dtype.F32))
-        np.testing.assert_array_equal(found, exact.numpy().view(np.uint32))
-
-
-def test_widening_writes_exactly_its_elements_at_any_alignment() -> None:
-    raw = random_codes((2 * 64,), 1)
-    for isa in ISAS:
-        for n in range(1, 40):
-            for shift in (0, 1, 2, 5):
-                src = raw[shift : shift + 2 * n].view(np.uint16)
-                memory = np.full(4 * n + 16, 0xA5, np.uint8)
-                dst = memory[shift : shift + 4 * n].view(np.uint32)
-                _native.pack(pack_row(src, dst, Dtype.BF16, Dtype.F32), isa=isa)
-                np.testing.assert_array_equal(dst, np.array(src).astype(np.uint32) << 16)
-                assert (memory[:shift] == 0xA5).all()
-                assert (memory[shift + 4 * n :] == 0xA5).all()
-
-
-@given(scattered_views(small_sides))
-def test_widening_of_scattered_rows(view: Array) -> None:
-    if view.dtype.itemsize != 2:
-        return
-    for isa in ISAS:
-        np.testing.assert_array_equal(widened(view, isa), np.array(view).astype(np.uint32) << 16)
-
-
-@pytest.mark.parametrize("shape", [(300, 200), (70, 1000)])
-def test_widening_of_large_transposes(shape: tuple[int, int]) -> None:
-    codes = random_codes(shape, 2)
-    out = np.zeros(shape[::-1], np.uint32)
-    scattered = np.zeros((*shape, 2), np.uint32)
-    for isa in ISAS:
-        _native.pack(pack_row(codes.T, out, Dtype.BF16, Dtype.F32), isa=isa)
-        np.testing.assert_array_equal(out, codes.T.astype(np.uint32) << 16)
-        _native.pack(pack_row(codes, scattered[..., 1], Dtype.BF16, Dtype.F32), isa=isa)
-        np.testing.assert_array_equal(scattered[..., 1], codes.astype(np.uint32) << 16)
-        assert not scattered[..., 0].any()
-
-
 # ---- pack and digest in one pass ----
 
 
