@@ -74,6 +74,7 @@ class ModelConfig:
         sparse_layers: Indices of the layers that have experts.
         num_shared_experts: Experts that every token takes; the checkpoint holds them as one.
         correction_bias: Whether routers have an `e_score_correction_bias`.
+        num_expert_groups: Groups that routers choose among before they choose experts; 1: none.
         latent: Widths of latent attention; None: queries, keys and values have a projection each.
         quantization: `quant_method` of the published checkpoint, or None.
         weight_block_size: Rows and columns that share a scale in that checkpoint, or None.
@@ -98,6 +99,7 @@ class ModelConfig:
     sparse_layers: frozenset[int] = frozenset()
     num_shared_experts: int = 0
     correction_bias: bool = False
+    num_expert_groups: int = 1
     latent: LatentAttention | None = None
     quantization: str | None = None
     weight_block_size: tuple[int, int] | None = None
@@ -158,6 +160,7 @@ class ModelConfig:
             sparse_layers=sparse_layers if sparse_layers is not None else frozenset(),
             num_shared_experts=read.num_shared_experts(),
             correction_bias=model_type in _SHARED,
+            num_expert_groups=read.num_expert_groups(),
             latent=latent,
             quantization=read.quantization(),
             weight_block_size=read.weight_block_size(),
@@ -281,6 +284,9 @@ class _Reader:
 
     def num_shared_experts(self) -> int:
         return self.count("n_shared_experts", 0, least=0) if self.model_type in _SHARED else 0
+
+    def num_expert_groups(self) -> int:
+        return self.count("n_group", 1) if self.model_type in _SHARED else 1
 
     def head_dim(self, hidden_size: int, num_heads: int) -> int:
         if self.config.get("head_dim") is not None:

@@ -9,7 +9,7 @@ from weightsync.errors import ConfigError
 from weightsync.ir.dtypes import Dtype
 from weightsync.planners.rules.config import ModelConfig
 
-__all__ = ["MX_BLOCK", "quantized_tensor"]
+__all__ = ["MX_BLOCK", "is_unconverted", "quantized_tensor"]
 
 MX_BLOCK = 32
 """Elements that share a scale in MXFP4 (OCP Microscaling Formats 1.0, section 5)."""
@@ -59,7 +59,7 @@ def _block_fp8(
     config: ModelConfig, name: str, shape: Shape, block: tuple[int, int]
 ) -> dict[str, tuple[Shape, Dtype]] | None:
     match = _LINEAR.fullmatch(name)
-    if match is None or _is_unconverted(config, match[1]):
+    if match is None or is_unconverted(config, match[1]):
         return None
     scales = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     return {name: (shape, Dtype.F8_E4M3), name + "_scale_inv": (scales, Dtype.F32)}
@@ -67,7 +67,7 @@ def _block_fp8(
 
 def _mxfp4(config: ModelConfig, name: str, shape: Shape) -> dict[str, tuple[Shape, Dtype]] | None:
     match = _MX_EXPERTS.fullmatch(name)
-    if match is None or _is_unconverted(config, match[1]):
+    if match is None or is_unconverted(config, match[1]):
         return None
     experts, depth, rows = shape
     if depth % MX_BLOCK:
@@ -85,8 +85,16 @@ def _mxfp4(config: ModelConfig, name: str, shape: Shape) -> dict[str, tuple[Shap
     }
 
 
-def _is_unconverted(config: ModelConfig, module: str) -> bool:
-    """Whether `modules_to_not_convert` names a module, one above it, or the end of its name."""
+def is_unconverted(config: ModelConfig, module: str) -> bool:
+    """Tells whether `modules_to_not_convert` names a module, one above it, or the end of its name.
+
+    Args:
+        config: The model.
+        module: Name of the module.
+
+    Returns:
+        Whether the checkpoint leaves it as it was.
+    """
     pattern = _pattern(config.unconverted_modules)
     return pattern is not None and pattern.search(module) is not None
 

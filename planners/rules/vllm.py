@@ -1,20 +1,31 @@
-"""vLLM 0.33: tensor-parallel fused projections; stacked experts, cut or placed whole."""
+"""vLLM 0.32 and 0.33: tensor-parallel fused projections; stacked experts, cut or placed whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from weightsync.errors import ConfigError
 from weightsync.ir.dtypes import Dtype
-from weightsync.planners.rules.canonical import EMBEDDING, LM_HEAD, canonical_tensors
-from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
+from weightsync.planners.rules.canonical import (
+    EMBEDDING,
+    LM_HEAD,
+    canonical_dtypes,
+    canonical_tensors,
+)
+from weightsync.planners.rules.config import ConfigLike, model_config
 from weightsync.planners.rules.layout import RuleLayout, checked_degree, named_dtype
-from weightsync.planners.rules.parts import Parameter, Part, columns, rows, stacked, whole
+from weightsync.planners.rules.parts import Parameter, rows
+from weightsync.planners.rules.vllm_parts.attention import attention, latent_attention
+from weightsync.planners.rules.vllm_parts.checks import check_model, checked_degrees
+from weightsync.planners.rules.vllm_parts.degrees import Degrees
+from weightsync.planners.rules.vllm_parts.experts import mlp, sparse_mlp
+from weightsync.planners.rules.vllm_parts.gpt_oss import gpt_oss_mlp
+from weightsync.planners.rules.vllm_parts.linears import Checkpoint
 
 __all__ = ["VllmLayout", "vllm"]
 
-_MODELS = ("llama", "qwen3", "qwen3_moe")
+# Classes of vLLM whose embedding, last norm and head are on every pipeline stage.
+_NOT_STAGED = ("qwen3_moe", "gpt_oss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,116 +33,68 @@ class VllmLayout(RuleLayout):
     """One replica of a vLLM engine; made by `vllm`.
 
     Args:
-        ep: Ranks that share the experts of a layer whole; 1: every expert is cut over all ranks.
+        degrees: How the replica is cut.
         vocab_padding: Rows of the embeddings are padded to a multiple of this.
+        quantized: Whether the engine holds the checkpoint that `quantization_config` describes.
+        mxfp4_padding: Multiples that a rank's width of experts and the hidden size are padded to.
     """
 
-    ep: int
+    degrees: Degrees
     vocab_padding: int
+    quantized: bool
+    mxfp4_padding: tuple[int, int]
+
+    @property
+    def ep(self) -> int:
+        """Ranks that share the experts of a layer whole; 1: every expert is cut over all ranks."""
+        return self.degrees.moe_ranks if self.degrees.is_ep else 1
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Gives the shapes of the canonical tensors; see `RuleLayout.tensors`."""
+        return canonical_tensors(self.config, quantized=self.quantized)
 
     def parameters(self, rank: int) -> Iterator[Parameter]:
         """Lists vLLM's parameters; see `RuleLayout.parameters`."""
-        config = self.config
-        yield self._vocab(EMBEDDING, rank)
-        for layer in range(config.num_layers):
+        config, degrees = self.config, self.degrees
+        place = degrees.place(config, rank)
+        dtypes = canonical_dtypes(config, quantized=self.quantized)
+        checkpoint = Checkpoint(config, self.tensors(), dtypes)
+        tp, tp_rank = degrees.tp, place.tp_rank
+        is_gpt_oss = config.model_type == "gpt_oss"
+        attend = attention if config.latent is None else latent_attention
+        holds_all = config.model_type in _NOT_STAGED
+        # A tied head is the embedding itself, so the last stage holds that, too.
+        if place.is_first or (place.is_last and config.tie_word_embeddings) or holds_all:
+            name = "model.embedding.weight" if is_gpt_oss else EMBEDDING
+            yield self._vocab(EMBEDDING, name, tp_rank)
+        for layer in place.layers:
             prefix = f"model.layers.{layer}."
-            yield from self._attention(prefix + "self_attn.", rank)
-            if config.is_sparse(layer):
-                yield self._whole(prefix + "mlp.gate.weight")
-                yield from self._experts(prefix + "mlp.experts.", rank)
+            yield from attend(checkpoint, prefix, tp, tp_rank)
+            if is_gpt_oss:
+                yield from gpt_oss_mlp(checkpoint, prefix, degrees, place, self.mxfp4_padding)
+            elif config.is_sparse(layer):
+                yield from sparse_mlp(checkpoint, prefix, degrees, place)
             else:
-                yield from self._mlp(prefix + "mlp.", rank)
-            yield self._whole(prefix + "input_layernorm.weight")
-            yield self._whole(prefix + "post_attention_layernorm.weight")
-        yield self._whole("model.norm.weight")
-        if not config.tie_word_embeddings:
-            yield self._vocab(LM_HEAD, rank)
+                yield from mlp(checkpoint, prefix + "mlp.", config.intermediate_size, tp, tp_rank)
+            yield checkpoint.whole(prefix + "input_layernorm.weight")
+            yield checkpoint.whole(prefix + "post_attention_layernorm.weight")
+        if place.is_last or holds_all:
+            yield checkpoint.whole("model.norm.weight")
+            if not config.tie_word_embeddings:
+                yield self._vocab(LM_HEAD, LM_HEAD, tp_rank)
 
-    def _whole(self, name: str) -> Parameter:
-        return whole(name, name, canonical_tensors(self.config)[name])
-
-    def _rows(self, name: str, start: int, count: int) -> Part:
-        return rows(name, canonical_tensors(self.config)[name], start, count)
-
-    def _vocab(self, name: str, rank: int) -> Parameter:
+    def _vocab(self, tensor: str, name: str, tp_rank: int) -> Parameter:
         """The embeddings: an even share of the padded rows; the last ranks hold the padding."""
         size, hidden = self.config.vocab_size, self.config.hidden_size
-        share = _padded(size, self.vocab_padding) // self.world_size
-        start = min(rank * share, size)
+        share = -(-size // self.vocab_padding) * self.vocab_padding // self.degrees.tp
+        start = min(tp_rank * share, size)
         held = min(start + share, size) - start
         return Parameter(
             name,
             (share, hidden),
-            (self._rows(name, start, held),) if held else (),
+            (rows(tensor, (size, hidden), start, held),) if held else (),
             (((held, 0), (share - held, hidden)),) if held < share else (),
         )
-
-    def _attention(self, prefix: str, rank: int) -> Iterator[Parameter]:
-        config, tp = self.config, self.world_size
-        num_q = config.num_heads // tp * config.head_dim
-        num_kv = max(1, config.num_kv_heads // tp) * config.head_dim
-        # With more ranks than kv heads, neighbours hold the same one.
-        kv_rank = rank // max(1, tp // config.num_kv_heads)
-        for kind in ("weight", "bias") if config.attention_bias else ("weight",):
-            yield stacked(
-                f"{prefix}qkv_proj.{kind}",
-                [
-                    self._rows(f"{prefix}q_proj.{kind}", rank * num_q, num_q),
-                    self._rows(f"{prefix}k_proj.{kind}", kv_rank * num_kv, num_kv),
-                    self._rows(f"{prefix}v_proj.{kind}", kv_rank * num_kv, num_kv),
-                ],
-            )
-        yield self._row_parallel(prefix + "o_proj.weight", rank)
-        if config.attention_bias:
-            yield self._whole(prefix + "o_proj.bias")  # every rank has it, rank 0 adds it
-        if config.qk_norm:
-            yield self._whole(prefix + "q_norm.weight")
-            yield self._whole(prefix + "k_norm.weight")
-
-    def _row_parallel(self, name: str, rank: int) -> Parameter:
-        """A matrix cut along its input: the same columns of every row."""
-        shape = canonical_tensors(self.config)[name]
-        share = shape[1] // self.world_size
-        return stacked(name, [columns(name, shape, rank * share, share)])
-
-    def _mlp(self, prefix: str, rank: int) -> Iterator[Parameter]:
-        share = self.config.intermediate_size // self.world_size
-        for kind in ("weight", "bias") if self.config.mlp_bias else ("weight",):
-            yield stacked(
-                f"{prefix}gate_up_proj.{kind}",
-                [
-                    self._rows(f"{prefix}gate_proj.{kind}", rank * share, share),
-                    self._rows(f"{prefix}up_proj.{kind}", rank * share, share),
-                ],
-            )
-        yield self._row_parallel(prefix + "down_proj.weight", rank)
-        if self.config.mlp_bias:
-            yield self._whole(prefix + "down_proj.bias")
-
-    def _experts(self, prefix: str, rank: int) -> Iterator[Parameter]:
-        """Experts stacked: `w13_weight` [E, 2I, H], gate above up, and `w2_weight` [E, H, I]."""
-        config = self.config
-        hidden = config.hidden_size
-        if self.ep > 1:
-            base, rest = divmod(config.num_experts, self.ep)
-            first = rank * base + min(rank, rest)  # the first `rest` ranks hold one more
-            held = range(first, first + base + (rank < rest))
-            share, start = config.moe_intermediate_size, 0
-        else:
-            held = range(config.num_experts)
-            share = config.moe_intermediate_size // self.world_size
-            start = rank * share
-        tall, wide = (config.moe_intermediate_size, hidden), (hidden, config.moe_intermediate_size)
-        w13: list[Part] = []
-        w2: list[Part] = []
-        for slot, expert in enumerate(held):
-            name = f"{prefix}{expert}."
-            w13.append(rows(name + "gate_proj.weight", tall, start, share, (slot, 0, 0)))
-            w13.append(rows(name + "up_proj.weight", tall, start, share, (slot, share, 0)))
-            w2.append(columns(name + "down_proj.weight", wide, start, share, (slot, 0, 0)))
-        routed = prefix + "routed_experts."
-        yield Parameter(routed + "w13_weight", (len(held), 2 * share, hidden), tuple(w13))
-        yield Parameter(routed + "w2_weight", (len(held), hidden, share), tuple(w2))
 
 
 def vllm(
@@ -140,97 +103,79 @@ def vllm(
     tp: int = 1,
     ep: bool | int = False,
     pp: int = 1,
+    dp: int = 1,
     dtype: str | Dtype = "BF16",
     vocab_padding: int = 64,
+    quantized: bool | None = None,
+    expert_placement: str = "linear",
+    num_redundant_experts: int = 0,
+    all2all_backend: str = "allgather_reducescatter",
+    mxfp4_padding: tuple[int, int] = (128, 256),
 ) -> VllmLayout:
-    """Lays a model out as the ranks of one vLLM replica hold it.
+    """Lays a model out as the ranks of one vLLM replica hold it before post-load processing.
+
+    Ranks are numbered `(dp_rank * pp + pp_rank) * tp + tp_rank`.
 
     Args:
-        config: The model; without quantization.
+        config: The model.
         tp: Tensor-parallel ranks. More ranks than kv heads: neighbours hold the same kv head.
         ep: Whether experts are placed whole (`--enable-expert-parallel`). A number states the
-            degree, which in vLLM is that of all ranks: `tp`, or 1 for none.
-        pp: Pipeline stages; only 1 for now.
-        dtype: Type of the parameters.
+            degree, which in vLLM is that of all ranks of a stage: `dp * tp`, or 1 for none.
+        pp: Pipeline stages. Layers that they do not divide go to the stages from the last but one
+            down, one each.
+        dp: Data-parallel ranks. Attention is the same on each; experts are cut over, or placed on,
+            `dp * tp` ranks.
+        dtype: Type of the parameters that have none of their own.
         vocab_padding: Rows of the embeddings are padded with zeros to a multiple of this.
+        quantized: Whether the engine holds the checkpoint that `quantization_config` describes
+            (block FP8, or MXFP4 of gpt-oss); sources must hold its tensors. False: BF16, whatever
+            the config says. None: as the config says.
+        expert_placement: `linear` or `round_robin` (`--expert-placement-strategy`). As in vLLM the
+            latter falls back to the former without groups of experts, with redundant experts, and
+            with dp over backends that cannot route so.
+        num_redundant_experts: Copies of experts for balance; needs `ep`. The placement is the one
+            that vLLM starts with.
+        all2all_backend: `--all2all-backend`; some make shared experts whole on every rank when
+            `ep`, `dp` and `tp` are used together.
+        mxfp4_padding: Multiples that vLLM pads a rank's width of an expert and the hidden size to
+            in MXFP4; the default is that of its Marlin and TRT-LLM kernels.
 
     Returns:
-        The layout of `tp` sink ranks.
+        The layout of `dp * pp * tp` sink ranks.
 
     Raises:
-        ConfigError: vLLM itself would refuse the model at these degrees, or it is not built yet;
-            the message says which.
+        ConfigError: vLLM itself would refuse the model at these degrees, or would drop some of its
+            weights; the message says which.
     """
     model = model_config(config)
-    checked_degree("tp", tp)
     checked_degree("vocab_padding", vocab_padding)
-    if checked_degree("pp", pp) != 1:
-        raise ConfigError(f"vllm: pp={pp} is not built yet; only pp=1", key="pp")
-    degree = _expert_degree(model, tp, ep)
-    _check(model, tp, degree, vocab_padding)
-    return VllmLayout("sink", model, named_dtype(dtype), tp, degree, vocab_padding)
-
-
-def _expert_degree(model: ModelConfig, tp: int, ep: bool | int) -> int:
-    degree = (tp if ep else 1) if isinstance(ep, bool) else checked_degree("ep", ep)
-    if degree not in (1, tp):
-        raise ConfigError(
-            f"vllm: ep={degree} with tp={tp}: vLLM spreads experts over all ranks of a replica, "
-            f"so ep is {tp} or 1",
-            key="ep",
-        )
-    if degree > 1 and not model.sparse_layers:
-        raise ConfigError(
-            f"vllm: ep={degree}, but this {model.model_type} has no experts", key="ep"
-        )
-    return degree
-
-
-def _check(model: ModelConfig, tp: int, ep: int, vocab_padding: int) -> None:
-    """Refuses what vLLM refuses, or silently drops."""
-    if model.model_type not in _MODELS:
-        raise ConfigError(
-            f"vllm: {model.model_type} is not built yet; built are {', '.join(_MODELS)}",
-            key="model_type",
-        )
-    if model.quantization is not None:
-        raise ConfigError(
-            f"vllm: quantization {model.quantization!r} is not built yet; remove "
-            "quantization_config to plan for BF16 weights",
-            key="quantization_config",
-        )
-    if model.attention_bias and model.qk_norm:
-        raise ConfigError(
-            f"vllm: attention_bias on {model.model_type}: vLLM's o_proj has no bias there and "
-            "would drop it",
-            key="attention_bias",
-        )
-    kv_heads = model.num_kv_heads
-    if kv_heads < tp and tp % kv_heads:
-        raise ConfigError(
-            f"vllm: tp={tp} is no multiple of the {kv_heads} kv heads, so they cannot be "
-            "replicated evenly",
-            key="tp",
-        )
-    divided = {"num_attention_heads": model.num_heads}
-    if kv_heads >= tp:
-        divided["num_key_value_heads"] = kv_heads
-    if len(model.sparse_layers) < model.num_layers:
-        divided["intermediate_size"] = model.intermediate_size
-    if model.sparse_layers:
-        if tp > model.num_experts:
-            raise ConfigError(
-                f"vllm: tp={tp} is more than the {model.num_experts} experts", key="tp"
-            )
-        if ep == 1:
-            divided["moe_intermediate_size"] = model.moe_intermediate_size
-    divided[f"the vocabulary padded to a multiple of {vocab_padding}"] = _padded(
-        model.vocab_size, vocab_padding
+    degrees = checked_degrees(
+        model,
+        Degrees(
+            checked_degree("tp", tp),
+            checked_degree("pp", pp),
+            checked_degree("dp", dp),
+            False,
+            expert_placement,
+            num_redundant_experts,
+            all2all_backend,
+        ),
+        ep,
     )
-    for what, size in divided.items():
-        if size % tp:
-            raise ConfigError(f"vllm: tp={tp} does not divide {what}, {size}", key="tp")
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    is_quantized = model.quantization is not None if quantized is None else quantized
+    check_model(model, degrees, vocab_padding, mxfp4_padding, quantized=is_quantized)
+    layout = VllmLayout(
+        "sink",
+        model,
+        named_dtype(dtype),
+        degrees.world_size,
+        degrees,
+        vocab_padding,
+        is_quantized,
+        mxfp4_padding,
+    )
+    if is_quantized:
+        for stage in range(pp):  # scales that no rank can hold; tp ranks are alike
+            for _ in layout.parameters(stage * tp):
+                pass
+    return layout

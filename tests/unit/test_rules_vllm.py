@@ -140,7 +140,8 @@ def test_buffers_have_the_dtype_asked_for(dtype: str) -> None:
     [
         (TINY_QWEN3, {"tp": 0}, "tp must be a positive integer"),
         (TINY_QWEN3, {"tp": True}, "tp must be a positive integer"),
-        (TINY_QWEN3, {"pp": 2}, "pp=2 is not built yet"),
+        (TINY_QWEN3, {"pp": 3}, "pp=3 is more than the 2 layers"),
+        (TINY_QWEN3, {"dp": 0}, "dp must be a positive integer"),
         (TINY_QWEN3, {"tp": 3}, "tp=3 is no multiple of the 2 kv heads"),
         (TINY_QWEN3, {"tp": 16}, "tp=16 does not divide num_attention_heads, 8"),
         (
@@ -161,11 +162,31 @@ def test_buffers_have_the_dtype_asked_for(dtype: str) -> None:
         (TINY_QWEN3, {"tp": 2, "ep": True}, "has no experts"),
         (TINY_QWEN3, {"dtype": "F8_E4M3"}, "none of BF16, F16, F32"),
         ({**TINY_QWEN3, "attention_bias": True}, {}, "o_proj has no bias"),
-        (TINY_MODELS["gpt_oss"], {}, "gpt_oss is not built yet; built are llama"),
+        (TINY_MODELS["gpt_oss"], {"tp": 4}, "more than the 2 kv heads, which vLLM's gpt_oss"),
+        (TINY_MODELS["gpt_oss"], {"dp": 2, "ep": True}, "2 ranks do not divide the 3 experts"),
         (
             {**TINY_QWEN3, "quantization_config": {"quant_method": "fp8"}},
             {},
-            "quantization 'fp8' is not built yet",
+            "quantizes to fp8 without a weight_block_size",
+        ),
+        (TINY_QWEN3, {"quantized": True}, "the config has no quantization_config"),
+        (TINY_QWEN3_MOE, {"expert_placement": "random"}, "must be linear or round_robin"),
+        (TINY_QWEN3_MOE, {"all2all_backend": "carrier_pigeon"}, "is none of allgather"),
+        (TINY_QWEN3_MOE, {"num_redundant_experts": 2}, "needs ep and more than one rank"),
+        (TINY_QWEN3_MOE, {"num_redundant_experts": -1}, "must be an integer from 0 on"),
+        (TINY_QWEN3_MOE, {"dp": 8, "ep": True}, "8 ranks are more than the 6 experts"),
+        (TINY_QWEN3_MOE, {"tp": 2, "dp": 5}, "over 5 data-parallel ranks"),
+        (TINY_QWEN3_MOE, {"pp": 2}, "stage 1 has no sparse layer"),
+        (TINY_MODELS["kimi_k2"], {}, "latent attention has no biases and would drop them"),
+        (
+            {**TINY_MODELS["deepseek_v3"], "tie_word_embeddings": True},
+            {},
+            "would leave its head unloaded",
+        ),
+        (
+            {**TINY_MODELS["gpt_oss"], "quantization_config": {"quant_method": "mxfp4"}},
+            {"mxfp4_padding": (128, 100)},
+            "must be two multiples of 32",
         ),
     ],
 )
