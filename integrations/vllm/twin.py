@@ -190,7 +190,7 @@ def _load(
             extra=(last,),
             missing=(),
         ) from error
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, IndexError) as error:
         raise LayoutError(
             f"vLLM's {type(twin).__name__} cannot take {last} of shape {tensors[last][0]} at these "
             f"degrees of parallelism: {type(error).__name__}: {error}",
