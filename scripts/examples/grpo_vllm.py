@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import string
 import urllib.request
@@ -236,6 +237,8 @@ def main() -> None:
     else:
         sync = WeightSyncCallback(vllm=options.vllm)  # weightsync, line 2 of 2
     result = train(options, Engine(options.vllm), sync)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return  # under torchrun every rank has the same rewards
     last = result["rewards"][-5:]
     print(
         f"reward of the engine's completions, mean of the last steps: {sum(last) / len(last):.3f}"

@@ -34,7 +34,7 @@ from transformers import (
 from weightsync.integrations.transformers import WeightSyncCallback  # weightsync, line 1 of 2
 
 PROMPTS = ["The value of ", "A function", "If an object ", "while ", "Python ", "3.14"]
-NUM_TOKENS = 24
+NUM_TOKENS = 16
 LENGTH = 64
 
 

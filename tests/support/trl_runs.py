@@ -14,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from support.vllm_restarts import ENGINE
 from weightsync.demo.vllm.server import Api
-from weightsync.demo.vllm.settings import engine_environment
 
-__all__ = ["Server", "example", "is_long", "run_example"]
+__all__ = ["ROOT", "Server", "example", "is_long", "run_example"]
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
@@ -60,7 +60,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **engine_environment(), **settings},
+                env={**os.environ, **ENGINE, **settings},
                 start_new_session=True,
             )
 

@@ -8,6 +8,7 @@ lines over pipes.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -18,10 +19,12 @@ from typing import Any
 
 from weightsync.demo.vllm.settings import engine_environment
 
-__all__ = ["RestartedEngine"]
+__all__ = ["ENGINE", "RestartedEngine"]
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_S = 120.0
+# Else every process compiles its sampler at the first request: ten seconds, for the same tokens.
+ENGINE = {**engine_environment(), "TORCHDYNAMO_DISABLE": "1"}
 
 Request = tuple[list[int], dict[str, Any]]
 
@@ -34,7 +37,7 @@ class RestartedEngine:
     """
 
     def __init__(self, folder: Path) -> None:
-        environment = {**engine_environment(), "TMPDIR": str(folder)}
+        environment = {"TMPDIR": str(folder), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         self._log = folder / "restarts.log"
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -42,7 +45,7 @@ class RestartedEngine:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env={**os.environ, **environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+                env={**os.environ, **ENGINE, **environment},
             )
         self._is_running = False
         self.pids: list[int] = []
@@ -95,7 +98,9 @@ class RestartedEngine:
 
 def _serve() -> None:
     """The script: `start` forks, `end` ends the fork, and the end of the input ends both."""
-    import vllm  # noqa: F401 - once, for all that are forked
+    # Most of what an engine imports, once for all that are forked. None of it starts a thread.
+    for name in ("entrypoints.llm", "v1.worker.cpu_worker", "model_executor.models.qwen3"):
+        importlib.import_module(f"vllm.{name}")
 
     out = os.dup(1)
     os.dup2(2, 1)  # whatever vLLM prints is no answer
