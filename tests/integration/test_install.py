@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -34,6 +35,7 @@ class Engine:
     def __init__(self, job: Job) -> None:
         self.live: list[dict[str, Tensor]] = [{}, {}]
         self.fails_on: int | None = None
+        self.waits_for = lambda: True  # what a rank that does not fail waits for while it installs
         layout = rules.vllm(CONFIG, tp=2)
         self.sinks = [
             Sink(
@@ -51,6 +53,9 @@ class Engine:
     def install(self, rank: int, staged: Mapping[str, Tensor]) -> None:
         if rank == self.fails_on:
             raise RuntimeError("the kernels do not take it")
+        deadline = time.monotonic() + 10.0
+        while not self.waits_for() and time.monotonic() < deadline:
+            time.sleep(0.001)
         self.live[rank] = {name: tensor.clone() for name, tensor in staged.items()}
 
     def refit(self) -> list[BaseException | int]:
@@ -118,6 +123,8 @@ def test_a_rank_that_fails_tears_its_replica(job: Job, engine: Engine) -> None:
     with Source(weights(), job=job, rank=0, world_size=1) as source:
         source.publish()
         engine.fails_on = 1
+        # It is told that the other rank failed while it is still busy.
+        engine.waits_for = lambda: engine.sinks[0].is_torn
         said = engine.refit()
         assert isinstance(said[0], TornError)
         assert isinstance(said[1], RuntimeError)
@@ -125,6 +132,7 @@ def test_a_rank_that_fails_tears_its_replica(job: Job, engine: Engine) -> None:
         assert [sink.version for sink in engine.sinks] == [None, None]
         # The next version repairs it.
         engine.fails_on = None
+        engine.waits_for = lambda: True
         source.publish()
         assert engine.refit() == [2, 2]
         assert [sink.is_torn for sink in engine.sinks] == [False, False]

@@ -228,6 +228,7 @@ class SinkMember(Member):
             raise
         with self.changed:
             self.spans["pause"] = (start, time.monotonic())
+            self._raise_if_torn()  # another rank failed meanwhile, and this one was told
             self.state = pb.APPLIED
         self.send(applied=pb.Applied(version=version, ok=True, seconds=self._seconds()))
 
