@@ -34,7 +34,10 @@ test-long: setup
 	@$(BIN)/pytest -o timeout=3600 -o faulthandler_timeout=7200
 
 test-vllm: setup
-	@scripts/stack vllm -- python -m pytest -c tests/vllm/pytest.ini tests/vllm
+	@# A process for each file: an engine and simulated ranks both own the process group of theirs.
+	@set -e; for file in tests/vllm/test_*.py; do \
+	    scripts/stack vllm -- python -m pytest -c tests/vllm/pytest.ini "$$file"; \
+	done
 
 test-trl: setup
 	@scripts/stack trl -- python -m pytest -c tests/trl/pytest.ini tests/trl
