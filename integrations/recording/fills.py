@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -31,12 +30,9 @@ def fills_of(storage: Storage, shape: Index, pieces: Sequence[RecordedPiece]) ->
         _covered(piece.offset, zip(piece.n, piece.stride, strict=True), shape, piece.tensor)
         for piece in pieces
     ]
-    values = [write for write in storage.writes if write.source is None]
+    values = list(_constants(storage))
     # Constants need not end where weights do.
-    edges = boxes + [
-        _covered(write.dst_offset, ((dim.n, dim.dst) for dim in write.dims), shape, "a constant")
-        for write in values
-    ]
+    edges = boxes + [_covered(offset, dims, shape, "a constant") for offset, dims, _ in values]
     cuts = [
         sorted({0, size, *(b[0][d] for b in edges), *(b[0][d] + b[1][d] for b in edges)})
         for d, size in enumerate(shape)
@@ -45,15 +41,15 @@ def fills_of(storage: Storage, shape: Index, pieces: Sequence[RecordedPiece]) ->
     # Which value is in each cell between cuts: the last that was written, or none that matters.
     known: list[float | None] = [0.0 if storage.background is None else storage.background]
     cells = torch.zeros([len(c) - 1 for c in cuts], dtype=torch.int64, device="cpu")
-    for write, box in zip(values, edges[len(boxes) :], strict=True):
-        if write.value not in known:
-            known.append(write.value)
-        cells[_slices(box, place)] = known.index(write.value)
+    for (_, _, value), box in zip(values, edges[len(boxes) :], strict=True):
+        if value not in known:
+            known.append(value)
+        cells[_slices(box, place)] = known.index(value)
     for box in boxes:
         cells[_slices(box, place)] = _TAKEN
     strides = dense(shape)
-    for cell, value in _even_boxes(cells):
-        fill = known[value]
+    for cell, index in _even_boxes(cells):
+        fill = known[index]
         if fill is None:
             raise LayoutError(
                 "the engine's loader fills a part of it with values of its own that are no "
@@ -67,6 +63,18 @@ def fills_of(storage: Storage, shape: Index, pieces: Sequence[RecordedPiece]) ->
         )
 
 
+_Constant = tuple[int, Iterable[tuple[int, int]], float | None]
+
+
+def _constants(storage: Storage) -> Iterator[_Constant]:
+    """Offset, dims and value of what was written that is no weight, oldest first."""
+    for write in storage.writes:
+        for fill in write.fills:
+            yield fill.offset, zip(fill.n, fill.stride, strict=True), fill.value
+        if not (write.fills or write.pieces):
+            yield write.offset, write.dims, None
+
+
 def _slices(box: tuple[Index, Index], place: Sequence[dict[int, int]]) -> tuple[slice, ...]:
     """The cells of a box."""
     return tuple(slice(at[lo], at[lo + n]) for at, lo, n in zip(place, *box, strict=True))
@@ -78,9 +86,9 @@ def whole_fill(storage: Storage | None, shape: Index) -> tuple[Fill, ...]:
         return ()
     value = storage.background
     for write in storage.writes:
-        if math.prod(dim.n for dim in write.dims) != storage.numel:
+        if write.volume != storage.numel:
             return ()
-        value = write.value
+        value = write.fills[0].value if write.fills and not write.pieces else None
     return () if value is None else (Fill(0, shape, dense(shape), value),)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from weightsync.errors import LayoutError
 from weightsync.integrations.recording.fills import fills_of, whole_fill
-from weightsync.integrations.recording.resolve import pieces_of
-from weightsync.integrations.recording.writes import Dim, Recorded, Storage, Write
+from weightsync.integrations.recording.resolve import carry, pieces_of
+from weightsync.integrations.recording.writes import Copy, Dim, Fill, Recorded, Storage, Write
 
 __all__ = ["Recorder"]
 
@@ -118,9 +117,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._refuse_unless_plain(func, inputs)
         result = func(*args, **kwargs)
         known = {_identity(tensor) for tensor in inputs}
-        for index, out in enumerate(
-            leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)
-        ):
+        for out in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             if out.device.type != "meta" or _identity(out) in known:
                 continue  # a real tensor of the engine's own, or a view
             storage = self._new(out)
@@ -134,7 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._copy(out, args[0])
             elif func in (_aten.cat.default, _aten.stack.default):
                 self._join(out, args, kwargs, is_stack=func is _aten.stack.default)
-            elif index == 0 and any(self._holds_weights(tensor) for tensor in inputs):
+            elif any(self._holds_weights(tensor) for tensor in inputs):
                 raise self._refusal(func, inputs)
         return result
 
@@ -157,13 +154,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def _origins(self, tensor: Tensor) -> Iterator[str]:
-        stack = [self._storages.get(_identity(tensor))]
-        while stack:
-            storage = stack.pop()
-            if storage is not None and storage.tensor:
-                yield storage.tensor
-            elif storage is not None:
-                stack += [write.source for write in storage.writes[:64]]
+        storage = self._storages.get(_identity(tensor))
+        if storage is not None and storage.tensor:
+            yield storage.tensor
+        elif storage is not None:
+            yield from (piece.tensor for write in storage.writes for piece in write.pieces)
 
     def _holds_weights(self, tensor: Tensor) -> bool:
         storage = self._storages.get(_identity(tensor))
@@ -206,7 +201,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if source is None or not source.holds_weights:
             known = () if source is None else whole_fill(source, source.shape)
             value = known[0].value if known else _constant_of(src)
-            target.writes.append(replace(_region(dst), value=value))
+            target.writes.append(_constant(dst, value))
             target.is_loaded |= source is not None and source.is_loaded
             return
         self._require_items(dst, target)
@@ -215,23 +210,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fills = whole_fill(source, source.shape)
             if not fills:
                 raise self._refusal(_aten.fill_.Scalar, [src])
-            target.writes.append(replace(_region(dst), value=fills[0].value))
+            target.writes.append(_constant(dst, fills[0].value))
             target.is_loaded = True  # with a constant: bias that only one rank adds
             return
-        _require_exact_casts(source, target.dtype)
+        self._require_one_cast(dst, src, target, source)
+        target.is_converted |= source.is_converted or not _is_exact(source.dtype, target.dtype)
         dims = tuple(
             Dim(n, s, d)
             for n, s, d in zip(dst.shape, src.expand(dst.shape).stride(), dst.stride(), strict=True)
             if n != 1
         )
-        target.writes.append(
-            Write(dims, int(dst.storage_offset()), int(src.storage_offset()), source=source)
-        )
+        copy = Copy(dims, int(src.storage_offset()), int(dst.storage_offset()))
+        target.writes.append(carry(copy, source))
 
     def _fill(self, dst: Tensor, value: float) -> None:
         target = self._storages.get(_identity(dst))
         if target is not None and dst.numel():
-            target.writes.append(replace(_region(dst), value=value))
+            target.writes.append(_constant(dst, value))
 
     def _require_items(self, tensor: Tensor, storage: Storage) -> None:
         if tensor.dtype.itemsize != storage.dtype.itemsize:
@@ -242,14 +237,33 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 tensor=name,
             )
 
+    def _require_one_cast(self, dst: Tensor, src: Tensor, target: Storage, source: Storage) -> None:
+        """A chain of copies must end in what one cast from the canonical dtype makes."""
+        if source.is_converted and source.dtype != target.dtype:
+            reason = "only one rounding can be expressed"
+        elif src.dtype != dst.dtype and (src.dtype, dst.dtype) != (source.dtype, target.dtype):
+            reason = f"it casts {src.dtype}, a view, to {dst.dtype}; this cannot be expressed"
+        else:
+            return
+        name = ", ".join(sorted(set(self._origins(src)))[:4])
+        raise LayoutError(
+            f"the engine's loader brings {name} as {source.dtype} to {target.dtype}: {reason}",
+            tensor=name,
+        )
+
 
 def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _region(dst: Tensor) -> Write:
-    dims = tuple(Dim(n, 0, d) for n, d in zip(dst.shape, dst.stride(), strict=True) if n != 1)
-    return Write(dims, int(dst.storage_offset()))
+def _constant(dst: Tensor, value: float | None) -> Write:
+    """A write of one value, or of what nobody knows."""
+    dims = tuple((n, d) for n, d in zip(dst.shape, dst.stride(), strict=True) if n != 1)
+    offset = int(dst.storage_offset())
+    if value is None:
+        return Write(offset, dims)
+    n, stride = (tuple(axis) for axis in zip(*dims, strict=True)) if dims else ((), ())
+    return Write(offset, dims, fills=(Fill(offset, n, stride, value),))
 
 
 def _constant_of(tensor: Tensor) -> float | None:
@@ -260,16 +274,10 @@ def _constant_of(tensor: Tensor) -> float | None:
     return float(first) if bool((tensor == first).all()) else None
 
 
-def _require_exact_casts(source: Storage, dtype: torch.dtype) -> None:
-    """A cast on the way must not lose what a direct one would keep."""
-    if source.tensor or source.dtype == dtype:
-        return
-    for write in source.writes:
-        origin = write.source
-        if origin is None or origin.dtype == source.dtype:
-            continue
-        if torch.promote_types(origin.dtype, source.dtype) != source.dtype:
-            raise LayoutError(
-                f"the engine's loader casts weights from {origin.dtype} to {source.dtype} and on "
-                f"to {dtype}; only one rounding can be expressed"
-            )
+def _is_exact(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a cast loses nothing. Between formats of one byte nothing is known to."""
+    if source == target:
+        return True
+    floats = source.is_floating_point and target.is_floating_point
+    wide = min(source.itemsize, target.itemsize) > 1
+    return floats and wide and torch.promote_types(source, target) == target

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from weightsync.errors import LayoutError
+from weightsync.integrations.recording.fills import fills_of
 from weightsync.integrations.recording.writes import (
+    Copy,
     Dim,
+    Fill,
     Index,
     RecordedPiece,
     Storage,
@@ -19,28 +22,67 @@ from weightsync.integrations.recording.writes import (
     digits_of,
 )
 
-__all__ = ["pieces_of"]
+__all__ = ["carry", "pieces_of"]
 
 # Loaders that scatter single elements would make a plan of single elements.
 _MAX_SPLIT = 4096
 
+T = TypeVar("T")
+
+
+def carry(copy: Copy, source: Storage) -> Write:
+    """What a copy brings from a storage that holds weights, as it is now.
+
+    Raises:
+        LayoutError: It is no set of strided boxes, or of too many.
+    """
+    region = Write(copy.dst_offset, tuple((dim.n, dim.dst) for dim in copy.dims))
+    boxes = list(_boxes(copy, source.shape))
+    if source.tensor:
+        whole = [
+            RecordedPiece(source.tensor, box.lo, box.n, box.step, box.offset, box.stride)
+            for box in boxes
+        ]
+        return replace(region, pieces=tuple(whole))
+    held = pieces_of(source)
+    pieces = [part for piece in held for part in _moved(piece, source.shape, boxes)]
+    if sum(piece.volume for piece in pieces) == region.volume:
+        return replace(region, pieces=tuple(pieces))
+    fills = [
+        Fill(part.offset, part.n, part.stride, fill.value)
+        for fill in fills_of(source, source.shape, held)
+        for part in _moved(_as_piece(fill), source.shape, boxes)
+    ]
+    return replace(region, pieces=tuple(pieces), fills=tuple(fills))
+
+
+def _as_piece(fill: Fill) -> RecordedPiece:
+    origin = (0,) * len(fill.n)
+    return RecordedPiece("", origin, fill.n, (1,) * len(fill.n), fill.offset, fill.stride)
+
+
+def _moved(piece: RecordedPiece, shape: Index, boxes: Sequence[_Box]) -> Iterator[RecordedPiece]:
+    """Where the boxes of a copy bring a piece of its source."""
+    for part in _aligned(piece, shape):
+        for box in boxes:
+            yield from _through(part, shape, box)
+
 
 def pieces_of(storage: Storage) -> list[RecordedPiece]:
     """The canonical content of a storage; later writes hide earlier ones of the same region."""
-    found: dict[_Region, list[RecordedPiece]] = {}
+    found: dict[_Region, tuple[RecordedPiece, ...]] = {}
     for write in storage.writes:
-        region = (write.dst_offset, tuple((dim.n, dim.dst) for dim in write.dims))
+        region = (write.offset, write.dims)
         found.pop(region, None)
-        if math.prod(n for n, _ in region[1]) == storage.numel:
+        if write.volume == storage.numel:
             found.clear()
-        if write.source is None:
-            if any(_meet(region, other, storage.numel) for other in found):
-                raise LayoutError(
-                    "the engine's loader overwrites a part of what it copied with a constant; "
-                    "this cannot be recorded"
-                )
-            continue
-        found[region] = list(_through_write(write, write.source))
+        if write.pieces:
+            found[region] = write.pieces
+        elif any(_meet(region, other, storage.numel) for other in found):
+            raise LayoutError(
+                "the engine's loader overwrites a part of what it copied with a constant; "
+                "this cannot be recorded"
+            )
     return [piece for pieces in found.values() for piece in pieces]
 
 
@@ -61,47 +103,43 @@ def _meet(one: _Region, other: _Region, numel: int) -> bool:
     return bool(views[1].any())
 
 
-def _through_write(write: Write, source: Storage) -> Iterator[RecordedPiece]:
-    strides = dense(source.shape)
-    below = (
-        []
-        if source.tensor
-        else [part for piece in pieces_of(source) for part in _aligned(piece, source.shape)]
-    )
-    for dims, src_offset, dst_offset in _conformed(write, source.shape):
+def _boxes(copy: Copy, shape: Index) -> Iterator[_Box]:
+    """A copy as boxes of its source's index space."""
+    strides = dense(shape)
+    for dims, src_offset, dst_offset in _conformed(copy, shape):
         along = {_axis(dim.src, strides): dim for dim in dims}
-        axes = range(len(source.shape))
-        box = _Box(
-            digits_of(src_offset, source.shape),
+        axes = range(len(shape))
+        yield _Box(
+            digits_of(src_offset, shape),
             tuple(along[a].n if a in along else 1 for a in axes),
             tuple(along[a].src // strides[a] if a in along else 1 for a in axes),
             dst_offset,
             tuple(along[a].dst if a in along else 0 for a in axes),
         )
-        if source.tensor:
-            yield RecordedPiece(source.tensor, box.lo, box.n, box.step, box.offset, box.stride)
-        for piece in below:
-            yield from _through(piece, source.shape, box)
 
 
 def _aligned(piece: RecordedPiece, shape: Index) -> Iterator[RecordedPiece]:
     """Cuts a piece so that every dim of it runs along one dim of the tensor that it lies in."""
     strides = dense(shape)
-    rest = [piece]
-    num_whole = 0
+    what = f"reshapes a copy of {piece.tensor or 'a constant'} into"
+    return _cut_up(piece, lambda part: _cut_piece(part, shape, strides), what)
+
+
+def _cut_up(whole: T, cut: Callable[[T], list[T] | None], what: str) -> Iterator[T]:
+    """Cuts, and cuts what comes of it, until `cut` finds nothing to cut; in order."""
+    rest = [whole]
+    num_done = 0
     while rest:
         part = rest.pop()
-        smaller = _cut_piece(part, shape, strides)
+        smaller = cut(part)
         if smaller is None:
-            num_whole += 1
+            num_done += 1
             yield part
         else:
             rest += reversed(smaller)
-        if num_whole + len(rest) > _MAX_SPLIT:
+        if num_done + len(rest) > _MAX_SPLIT:
             raise LayoutError(
-                f"the engine's loader reshapes a copy of {piece.tensor} into more than "
-                f"{_MAX_SPLIT} pieces; this cannot be recorded",
-                tensor=piece.tensor,
+                f"the engine's loader {what} more than {_MAX_SPLIT} pieces; this cannot be recorded"
             )
 
 
@@ -208,28 +246,16 @@ def _through(piece: RecordedPiece, shape: Index, box: _Box) -> Iterator[Recorded
 _Cut = tuple[list[Dim], int, int]
 
 
-def _conformed(write: Write, shape: Index) -> Iterator[tuple[list[Dim], int, int]]:
+def _conformed(copy: Copy, shape: Index) -> Iterator[_Cut]:
     """Cuts a copy so that every dim of it runs along one dim of the source's shape.
 
     Yields:
         Dims, first element of the source, first element of the destination.
     """
     strides = dense(shape)
-    rest: list[_Cut] = [(list(write.dims), write.src_offset, write.dst_offset)]
-    num_whole = 0
-    while rest:
-        part = rest.pop()
-        smaller = _cut(part, shape, strides)
-        if smaller is None:
-            num_whole += 1
-            yield part
-        else:
-            rest += reversed(smaller)
-        if num_whole + len(rest) > _MAX_SPLIT:
-            raise LayoutError(
-                f"the engine's loader scatters a tensor of shape {shape} in more than "
-                f"{_MAX_SPLIT} pieces; this cannot be recorded"
-            )
+    whole = (list(copy.dims), copy.src_offset, copy.dst_offset)
+    what = f"scatters a tensor of shape {shape} in"
+    return _cut_up(whole, lambda part: _cut(part, shape, strides), what)
 
 
 def _cut(part: _Cut, shape: Index, strides: Index) -> list[_Cut] | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "Copy",
     "Dim",
     "Fill",
     "Index",
@@ -90,14 +91,34 @@ class Dim:
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
-    """A strided copy into a storage: from another one, of a constant, or of what nobody knows."""
+class Copy:
+    """A strided copy from one storage into another."""
 
     dims: tuple[Dim, ...]
+    src_offset: int
     dst_offset: int
-    src_offset: int = 0
-    source: Storage | None = None
-    value: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A region of a storage that was written, and what came there at that time.
+
+    Args:
+        offset: First element.
+        dims: Elements and distance of neighbours, per dim of the region.
+        pieces: Boxes of canonical tensors in it.
+        fills: Constants in it. Neither these nor pieces: values that nobody knows.
+    """
+
+    offset: int
+    dims: tuple[tuple[int, int], ...]
+    pieces: tuple[RecordedPiece, ...] = ()
+    fills: tuple[Fill, ...] = ()
+
+    @property
+    def volume(self) -> int:
+        """Elements of the region."""
+        return math.prod(n for n, _ in self.dims)
 
 
 @dataclass(eq=False)
@@ -106,6 +127,8 @@ class Storage:
 
     `keep` holds the real one, so that its identity is not given to another. `is_loaded`: something
     was copied here that had been a weight before the loader overwrote it with a constant.
+    `is_converted`: something that was copied here lost bits in a cast on its way, or was seen as
+    another type.
     """
 
     shape: Index
@@ -114,6 +137,7 @@ class Storage:
     tensor: str = ""
     background: float | None = None
     is_loaded: bool = False
+    is_converted: bool = False
     writes: list[Write] = field(default_factory=list)
 
     @property
@@ -124,7 +148,7 @@ class Storage:
     @property
     def holds_weights(self) -> bool:
         """Whether it is a canonical tensor, or something of one was copied here."""
-        return bool(self.tensor) or any(write.source is not None for write in self.writes)
+        return bool(self.tensor) or any(write.pieces for write in self.writes)
 
 
 def dense(shape: Index) -> Index:

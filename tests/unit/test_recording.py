@@ -319,6 +319,87 @@ def test_a_rank_without_a_share_is_loaded_all_the_same() -> None:
     assert [fill.value for fill in recorded.fills] == [0.0]
 
 
+def test_a_buffer_that_is_used_again_is_what_it_was_when_it_was_read() -> None:
+    with Recorder() as recorder, torch.device("meta"):
+        weights = [recorder.source(name, (4, 3), torch.float32) for name in "ab"]
+        buffer = torch.empty(4, 3)
+        parameters = [torch.empty(4, 3), torch.empty(4, 3)]
+        for weight, parameter in zip(weights, parameters, strict=True):
+            buffer.copy_(weight)
+            parameter.copy_(buffer)
+    found = [recorder.recorded(parameter) for parameter in parameters]
+    assert [[piece.tensor for piece in one.pieces] for one in found] == [["a"], ["b"]]
+
+
+def test_a_weight_that_is_zeroed_after_it_was_read_was_a_weight() -> None:
+    with Recorder() as recorder, torch.device("meta"):
+        weight = recorder.source("w", (4, 3), torch.float32)
+        before, after = torch.empty(4, 3), torch.empty(4, 3)
+        before.copy_(weight)
+        weight.zero_()
+        after.copy_(weight)
+    assert [piece.tensor for piece in recorder.recorded(before).pieces] == ["w"]
+    assert [fill.value for fill in recorder.recorded(after).fills] == [0.0]
+
+
+def test_constants_of_a_buffer_travel_with_its_weights() -> None:
+    with Recorder() as recorder, torch.device("meta"):
+        weight = recorder.source("w", (4, 3), torch.float32)
+        buffer = torch.full((6, 3), 2.0)
+        buffer[1:5].copy_(weight)
+        parameter = torch.empty(3, 6)
+        parameter.copy_(buffer.t())
+    found = recorder.recorded(parameter)
+    assert [(piece.lo, piece.n, piece.offset) for piece in found.pieces] == [((0, 0), (4, 3), 1)]
+    assert sorted((fill.offset, fill.n, fill.value) for fill in found.fills) == [
+        (0, (3, 1), 2.0),
+        (5, (3, 1), 2.0),
+    ]
+
+
+def test_two_roundings_are_refused_across_copies() -> None:
+    with Recorder() as recorder, torch.device("meta"):
+        weight = recorder.source("w", (4,), torch.bfloat16)
+        again = weight.to(torch.float16).clone()
+        same, wider = torch.empty(4, dtype=torch.float16), torch.empty(4)
+        same.copy_(again)
+        with pytest.raises(LayoutError, match="one rounding"):
+            wider.copy_(again)
+    assert recorder.recorded(same).is_loaded
+
+
+def test_a_cast_of_a_view_is_refused() -> None:
+    def load(weight: Tensor) -> Tensor:
+        made = empty(4, 6)
+        made.view(torch.int32).copy_(weight)
+        return made
+
+    with pytest.raises(LayoutError, match="a view, to"):
+        one(load)
+
+
+def test_a_copy_of_bits_and_back_is_refused() -> None:
+    def load(weight: Tensor) -> Tensor:
+        bits = empty(4, 6, dtype=torch.int32)
+        bits.copy_(weight.view(torch.int32))
+        made = empty(4, 6)
+        made.copy_(bits)
+        return made
+
+    with pytest.raises(LayoutError, match="only one rounding"):
+        one(load)
+
+
+def test_the_second_result_of_an_operation_on_weights_is_refused() -> None:
+    def load(weight: Tensor) -> Tensor:
+        made = empty(4, 6)
+        made.copy_(torch.frexp(weight).mantissa)
+        return made
+
+    with pytest.raises(LayoutError, match="frexp"):
+        one(load)
+
+
 def test_a_later_write_of_the_same_region_hides_an_earlier_one() -> None:
     def load(tensors: list[Tensor], device: str) -> Tensor:
         made = torch.zeros(4, 6, device=device)
