@@ -32,6 +32,7 @@ class Actor:
     open: int = 0
     vote_problem: str = ""
     apply_fails: bool = False
+    fill_s: float = 0.0  # what it says that filling took
     prepared: set[int] = field(default_factory=set)  # versions that it voted for
 
 
@@ -311,7 +312,9 @@ class Fleet:
                     pb.MemberMessage(applied=pb.Applied(version=message.apply.version, ok=ok))
                 )
                 return
-            self._say(actor, "applied", applied=pb.Applied(version=message.apply.version, ok=ok))
+            applied = pb.Applied(version=message.apply.version, ok=ok)
+            applied.seconds.fill = actor.fill_s
+            self._say(actor, "applied", applied=applied)
         elif kind == "activate":
             actor.state, actor.version = pb.ACTIVE, message.activate.version
             actor.active = message.activate.version

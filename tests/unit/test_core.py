@@ -18,6 +18,19 @@ def test_a_version_goes_from_publish_to_adopted() -> None:
     assert "adopted" in fleet.kinds("source 1")
 
 
+def test_sources_hear_the_seconds_of_the_slowest_sink_of_their_version() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1, "b": 2})
+    fleet.actors["sink a/0"].fill_s, fleet.actors["sink b/0"].fill_s = 1.0, 5.0
+    fleet.publish_all()
+    fleet.refit_all()
+    fleet.stall("sink b/1", at="vote")
+    fleet.publish_all()
+    fleet.kill("sink b/1")  # its replica goes on with version 1
+    fleet.refit_all()
+    adopted = [m.adopted for m in fleet.actors["source 0"].received if m.HasField("adopted")]
+    assert [(a.version, a.slowest.fill) for a in adopted] == [(1, 5.0), (2, 1.0)]
+
+
 def test_nobody_hears_of_a_commit_before_it_is_recorded() -> None:
     fleet = Fleet(sources=2, replicas={"a": 2})
     fleet.publish_all()

@@ -561,10 +561,11 @@ class CoordinatorCore:
     def _maybe_adopted(self) -> None:
         if self._adopting or self._open is not None or self.committed_version == 0:
             return
-        version, slowest = self.committed_version, slowest_of(self._members.values())
-        for member in self._members.values():
+        version, members = self.committed_version, self._members.values()
+        adopted = pb.Adopted(version=version, slowest=slowest_of(members, version))
+        for member in members:
             if member.is_source:
-                self._send(member.id, adopted=pb.Adopted(version=version, slowest=slowest))
+                self._send(member.id, adopted=adopted)
 
     def _drop(self, member: Member, version: int, text: str) -> None:
         problem = _problem("PeerLostError", text)

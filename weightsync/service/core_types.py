@@ -136,9 +136,9 @@ class Member:
         return f"sink {self.hello.replica}/{self.hello.rank}"
 
 
-def slowest_of(members: Iterable[Member]) -> pb.SinkSeconds:
+def slowest_of(members: Iterable[Member], version: int) -> pb.SinkSeconds:
     """The longest of each, over sinks that serve a version."""
-    found = [m.seconds for m in members if not m.is_source and m.active]
+    found = [m.seconds for m in members if not m.is_source and m.active == version]
     return pb.SinkSeconds(
         fill=max((s.fill for s in found), default=0.0),
         verify=max((s.verify for s in found), default=0.0),
