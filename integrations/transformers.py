@@ -48,8 +48,8 @@ class WeightSyncCallback(TrainerCallback):
             with the old version serving. Errors that every version would meet, such as a layout
             that does not fit, are raised in any case.
         timeout_s: Deadline of one version.
-        fabric: As for `Source`, like the following.
-        fabric_options: Of that fabric.
+        fabric: As for `Source`, like the following; of the engines in `vllm` as well.
+        fabric_options: Of that fabric. Where engines need other ones, attach them and pass `job`.
         threads: Of copy and digest kernels.
 
     Raises:
@@ -186,7 +186,12 @@ class WeightSyncCallback(TrainerCallback):
             with _told_on_error(args):
                 from weightsync.integrations.vllm import attach
 
-                self._attached = attach(self._vllm, job=self._job)
+                self._attached = attach(
+                    self._vllm,
+                    job=self._job,
+                    fabric=self._options["fabric"],
+                    fabric_options=self._options["fabric_options"],
+                )
         url = _tell(self._attached.url if self._attached is not None else "", args)
         if self._attached is not None:
             return self._attached

@@ -471,7 +471,8 @@ class Sink:
         Call between tokens, on every rank of the replica.
 
         Args:
-            version: Smallest version to accept; None: any that is newer than the active one.
+            version: Smallest version to return with; one that was committed before it is
+                adopted on the way. None: any that is newer than the active one.
             timeout_s: Deadline; None takes the constructor's.
 
         Returns:

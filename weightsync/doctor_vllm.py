@@ -13,16 +13,12 @@ from urllib.parse import urlsplit
 
 from weightsync.doctor import Check
 from weightsync.errors import ConfigError
-from weightsync.integrations.vllm.plugin import TESTED_VERSIONS
+from weightsync.integrations.vllm.plugin import SERVE, TESTED_VERSIONS
 
 __all__ = ["check_vllm"]
 
 _ANSWER_S: Final = 5.0
 _KNOCK_S: Final = 1.0
-_SERVE: Final = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 "
-    """--weight-transfer-config '{"backend": "weightsync"}'"""
-)
 
 
 def check_vllm(url: str) -> list[Check]:
@@ -44,7 +40,7 @@ def check_vllm(url: str) -> list[Check]:
     try:
         _get(url + "/health")
     except OSError as error:
-        return [Check("vllm server", "missing", f"{url}: {error}", f"start it with: {_SERVE}")]
+        return [Check("vllm server", "missing", f"{url}: {error}", f"start it with: {SERVE}")]
     return [_version(url), *_routes(url, parts.hostname, parts.port or 80)]
 
 
@@ -65,9 +61,7 @@ def _routes(url: str, host: str, port: int) -> list[Check]:
     try:
         shown = _get(url + "/weight_info")
     except urllib.error.HTTPError:
-        return [
-            Check("vllm routes", "missing", "no development routes", f"start it with: {_SERVE}")
-        ]
+        return [Check("vllm routes", "missing", "no development routes", f"start it with: {SERVE}")]
     serves = f"development routes answer; weight version {shown.get('weight_version')}"
     open_at = [host] if not _is_loopback(host) else _reachable_elsewhere(port)
     if not open_at:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from weightsync.client import Job
 from weightsync.errors import ConfigError, PeerLostError
+from weightsync.integrations.vllm.plugin import SERVE
 from weightsync.integrations.vllm.wire import decoded
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ __all__ = ["attach", "refit"]
 
 _log = logging.getLogger(__name__)
 
-_SERVE = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 "
-    """--weight-transfer-config '{"backend": "weightsync"}'"""
-)
 _INIT_S = 600.0  # recording a layout and joining, for the largest models
 
 Pause = Literal["keep", "wait", "abort"]
@@ -164,9 +161,7 @@ def _attach_server(url: str, info: Mapping[str, Any]) -> None:
     except urllib.error.HTTPError as error:
         text = error.read(1 << 16).decode(errors="replace")
         if error.code == 404:
-            raise ConfigError(
-                f"{url} has no development routes; start it with: {_SERVE}"
-            ) from error
+            raise ConfigError(f"{url} has no development routes; start it with: {SERVE}") from error
         raise (
             decoded(text)
             or _explained(text, url)
@@ -174,12 +169,12 @@ def _attach_server(url: str, info: Mapping[str, Any]) -> None:
         ) from error
     except OSError as error:
         raise PeerLostError(
-            f"no vLLM server answers at {url}: {error}; start it with: {_SERVE}"
+            f"no vLLM server answers at {url}: {error}; start it with: {SERVE}"
         ) from error
 
 
 def _explained(text: str, engine: str) -> ConfigError | None:
     """What vLLM itself says to an engine that was not started for this."""
     if "Weight transfer not configured" in text or "Invalid init_info" in text:
-        return ConfigError(f"{engine} was not started with this backend; start it with: {_SERVE}")
+        return ConfigError(f"{engine} was not started with this backend; start it with: {SERVE}")
     return None

@@ -139,12 +139,14 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
             timeout_s=init_info.timeout_s,
         )
         _log.info(
-            "weightsync: rank %d of %s joined %s; %d layers are written in place, %d reloaded",
+            "weightsync: rank %d of %s joined %s; %d layers are written in place, %d reloaded; "
+            "not from checkpoints: %s",
             rank,
             init_info.replica,
             init_info.job,
             installer.num_plain,
             installer.num_processed,
+            ", ".join(recording.ignored) or "nothing",
         )
         if init_info.server is not None and rank == 0:
             self._follower = Follower(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BACKEND", "TESTED_VERSIONS", "register"]
+__all__ = ["BACKEND", "SERVE", "TESTED_VERSIONS", "register"]
 
 BACKEND = "weightsync"
+
+# How to start a server that can be attached, for messages.
+SERVE = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 "
+    """--weight-transfer-config '{"backend": "weightsync"}'"""
+)
 
 # Versions whose classes, reload helpers and routes are what this package expects. 0.32 runs in CI;
 # 0.33 has no CPU build yet: its reload helpers are the same files, every name used was looked up.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +28,9 @@ from weightsync.errors import LayoutError, UnknownTensorError, WeightSyncError
 from weightsync.integrations.recording import Recorded, Recorder
 from weightsync.ir.builder import ManifestBuilder
 from weightsync.ir.manifest import Manifest
-from weightsync.live.sites import TORCH_DTYPES
+from weightsync.live.sites import KINDS
 
 __all__ = ["Recording", "record_worker"]
-
-_KINDS = {dtype: kind for kind, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Recording:
         """
         builder = ManifestBuilder("sink", f"sink {rank}")
         for name, parameter in self.parameters.items():
-            builder.buffer(name, _KINDS[parameter.dtype], _numel(parameter.shape))
+            builder.buffer(name, KINDS[parameter.dtype], math.prod(parameter.shape))
             for piece in parameter.pieces:
                 builder.tensor(piece.tensor, self.shapes[piece.tensor])
                 builder.piece(
@@ -240,10 +239,3 @@ def _recorded(recorder: Recorder, name: str, tensor: Tensor) -> Recorded | None:
         return recorder.recorded(tensor)
     except LayoutError as error:
         raise LayoutError(f"{name}: {error}", tensor=name) from error
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel

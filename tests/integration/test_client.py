@@ -325,6 +325,19 @@ def test_a_refit_that_runs_out_of_time_leaves_the_old_version(job: Job) -> None:
         fleet.check()
 
 
+def test_a_refit_to_a_later_version_adopts_the_one_before_it_on_the_way(job: Job) -> None:
+    """The later one is written only then."""
+    fleet = Fleet(job)
+    with fleet.stack:
+        fleet.train(1)
+        fleet.publish()
+        refits = [fleet.pool.submit(s.refit, 2, timeout_s=20) for s in fleet.sinks.values()]
+        fleet.train(2)
+        fleet.publish()
+        assert [refit.result(20) for refit in refits] == [2, 2]
+        fleet.check()
+
+
 def test_an_abort_of_the_next_version_leaves_a_committed_one(job: Job) -> None:
     """Rule R12 of docs/protocol.md: nobody adopted version 1 yet when version 2 is given up."""
     fleet = Fleet(job)

@@ -254,8 +254,9 @@ def stub_attach(attach: Callable[..., Job]) -> None:
 def two_ranks(rank: int, model_of: Callable[[TrainingArguments], nn.Module], **options: Any) -> Any:
     engines: list[Engine] = []
 
-    def attach(urls: tuple[str, ...], *, job: Job | str | None) -> Job:
+    def attach(urls: tuple[str, ...], *, job: Job | str | None, **fabric: object) -> Job:
         assert (rank, urls, job) == (0, ("http://127.0.0.1:8000",), None)
+        assert fabric == {"fabric": "local", "fabric_options": None}
         started = Job.start()
         engines.append(Engine(started, TINY_QWEN3).__enter__())
         return started
@@ -316,7 +317,7 @@ def check_fsdp2_by_accelerate(rank: int) -> None:
 def check_attach_fails(rank: int) -> None:
     """Rank 0 says why; the others do not wait for ever."""
 
-    def attach(urls: tuple[str, ...], *, job: Job | str | None) -> Job:
+    def attach(urls: tuple[str, ...], **options: object) -> Job:
         raise PeerLostError("http://127.0.0.1:8000 does not answer")
 
     stub_attach(attach)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, Final, Literal
 
 from rich.console import Console
@@ -21,7 +20,7 @@ from weightsync.demo.workspace import Interrupts, workspace
 from weightsync.errors import ConfigError
 from weightsync.planners import rules
 from weightsync.settings import TOKEN_NAME
-from weightsync.telemetry.progress import LiveProgress, VersionRow, stage_table
+from weightsync.telemetry.progress import LiveProgress, VersionRow, figures_of, stage_table
 from weightsync.telemetry.trace import Trace
 from weightsync.units import format_bytes, format_seconds, gb_per_s
 
@@ -194,7 +193,7 @@ class _Demo:
             if not row.is_committed:
                 self._after_abort(step, refits)
                 return
-            _add_slowest(row, (event["stages_s"] for event in refits.values()))
+            row.add_stages(event["stages_s"] for event in refits.values())
             tokens = self._verify(step, self.options.replicas, row)
             self.progress.say(self._line(row, loss, tokens))
             self.progress.advance()
@@ -229,10 +228,8 @@ class _Demo:
         done = [event for event in events.values() if event["event"] == "published"]
         row.is_committed = len(done) == len(self.trainers)
         if row.is_committed:
-            row.seconds = max(event["seconds"] for event in done)
-            row.num_bytes = sum(event["num_bytes"] for event in done)
-            row.num_replicas = min(event["num_replicas"] for event in done)
-        _add_slowest(row, (event["stages_s"] for event in done))
+            row.add_published(done)
+        row.add_stages(event["stages_s"] for event in done)
         for event in events.values():
             if event["event"] == "aborted":
                 self.outcome.aborted = {
@@ -419,7 +416,6 @@ def _result(options: DemoOptions, outcome: _Outcome) -> dict[str, Any]:
     done = [row for row in outcome.rows if row.is_committed]
     verified = not outcome.problems and all(row.verified for row in done)
     complete = len(done) == options.steps or outcome.aborted is not None
-    names = {name: None for row in done for name in row.stages_s}
     result = {
         "ok": verified and complete and outcome.as_planned,
         "verified": verified,
@@ -428,21 +424,12 @@ def _result(options: DemoOptions, outcome: _Outcome) -> dict[str, Any]:
         "steps": options.steps,
         "model": options.model,
         "mode": options.mode,
-        "bytes": max((row.num_bytes for row in done), default=0),
-        "publish_s": [row.seconds for row in done],
-        "gb_per_s": median([gb_per_s(row.num_bytes, row.seconds) for row in done] or [0.0]),
-        "stages": {name: [row.stages_s.get(name) for row in done] for name in names},
+        **figures_of(done),
         "problems": outcome.problems,
     }
     if outcome.aborted is not None:
         result["aborted"] = outcome.aborted
     return result
-
-
-def _add_slowest(row: VersionRow, reports: Iterable[dict[str, float]]) -> None:
-    for report in reports:
-        for name, seconds in report.items():
-            row.stages_s[name] = max(row.stages_s.get(name, 0.0), seconds)
 
 
 def _quoted(tokens: list[int]) -> str:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from weightsync import Job, Source, failpoints
-from weightsync.demo.model import build_model, greedy, model_config, text
+from weightsync.demo.fsdp import FsdpTrainer
+from weightsync.demo.model import build_model, greedy, model_config
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import ConfigError, LayoutError, PlanError, VersionError
 
@@ -25,52 +23,21 @@ __all__ = ["run"]
 
 # Large, so that every step changes nearly every bf16 weight.
 _LEARNING_RATE: Final = 3e-3
-_BATCH: Final = 4  # sequences per trainer and step
 _LENGTH: Final = 96
-_SEED: Final = 2024
 # They follow one another; the stages of the pipeline, inside "transfer", overlap.
 _PHASES: Final = ("wait_open", "transfer", "decide", "adopt")
 
 
-class _Trainer:
-    """One rank: the sharded model, its optimizer and its part of the text."""
+class _Trainer(FsdpTrainer):
+    """A rank that can tell what an engine must hold and say."""
 
     def __init__(self, options: Message) -> None:
-        self.rank, self.world_size = int(options["rank"]), int(options["world_size"])
+        self.config = model_config(options["model"])
+        super().__init__(options, self.config, lr=_LEARNING_RATE, length=_LENGTH)
         self.folder = Path(options["folder"])
         self.num_tokens = int(options["num_tokens"])
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{self.folder}/gloo",
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timedelta(seconds=float(options["timeout_s"])),
-        )
-        self.config = model_config(options["model"])
-        torch.manual_seed(_SEED)  # the same weights everywhere before they are sharded
-        self.model = build_model(self.config, torch.float32)
-        mesh = init_device_mesh("cpu", (self.world_size,))
-        decoder: Any = self.model.get_submodule("model.layers")
-        for layer in decoder:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=_LEARNING_RATE)
         # What the engine would build, for the reference's logits.
         self.served = build_model(self.config, torch.bfloat16).eval() if self.rank == 0 else None
-        self.text = torch.frombuffer(bytearray(text()), dtype=torch.uint8)
-        self.random = torch.Generator().manual_seed(_SEED + 1 + self.rank)
-
-    def train(self) -> float:
-        """One optimizer step on this rank's share of the batch; the mean loss of all ranks."""
-        starts = torch.randint(len(self.text) - _LENGTH, (_BATCH,), generator=self.random).tolist()
-        ids = torch.stack([self.text[start : start + _LENGTH] for start in starts]).long()
-        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        return float(mean) / self.world_size
 
     def write_reference(self, step: int) -> None:
         """Gather the weights, for the verification only: weightsync itself never does this."""

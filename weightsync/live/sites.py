@@ -19,6 +19,7 @@ from weightsync.live.placements import local_boxes
 from weightsync.planners.rules.parts import Box
 
 __all__ = [
+    "KINDS",
     "TORCH_DTYPES",
     "Site",
     "Weights",
@@ -32,7 +33,7 @@ Weights = nn.Module | Mapping[str, Tensor]
 Index = tuple[int, ...]
 
 _MAX_DIMS = 4
-_DTYPES = {
+KINDS = {
     torch.bool: Dtype.BOOL,
     torch.uint8: Dtype.U8,
     torch.int8: Dtype.I8,
@@ -49,7 +50,7 @@ _DTYPES = {
     torch.int64: Dtype.I64,
     torch.float64: Dtype.F64,
 }
-TORCH_DTYPES = {kind: dtype for dtype, kind in _DTYPES.items()}
+TORCH_DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 # Wrappers that put a word into every name below them without changing the weights.
 _WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -205,7 +206,7 @@ def _site(name: str, tensor: Tensor) -> Site | None:
     stride = tuple(local.stride()) or (1,)
     # An optimizer's step on a DTensor counts up the DTensor alone, not the local tensor inside.
     num_writes = _num_writes(local) + (_num_writes(tensor) if isinstance(tensor, DTensor) else 0)
-    return Site((name,), shape, n, boxes, stride, local, _DTYPES[local.dtype], num_writes)
+    return Site((name,), shape, n, boxes, stride, local, KINDS[local.dtype], num_writes)
 
 
 def _num_writes(tensor: Tensor) -> int:
@@ -218,7 +219,7 @@ def _check(name: str, local: Tensor) -> None:
         raise LayoutError(
             f"{name} has {local.ndim} dimensions; at most {_MAX_DIMS} are supported", tensor=name
         )
-    if local.dtype not in _DTYPES:
+    if local.dtype not in KINDS:
         raise LayoutError(f"{name} has dtype {local.dtype}, which is not supported", tensor=name)
     is_wrapper = is_traceable_wrapper_subclass(local)
     if is_wrapper or local.layout != torch.strided:

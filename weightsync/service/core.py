@@ -22,7 +22,7 @@ from weightsync.service.core_types import (
     Phase,
     Roster,
     Send,
-    slowest_of,
+    adopted_by,
 )
 
 __all__ = ["CoordinatorCore"]
@@ -561,9 +561,8 @@ class CoordinatorCore:
     def _maybe_adopted(self) -> None:
         if self._adopting or self._open is not None or self.committed_version == 0:
             return
-        version, members = self.committed_version, self._members.values()
-        adopted = pb.Adopted(version=version, slowest=slowest_of(members, version))
-        for member in members:
+        adopted = adopted_by(self._members.values(), self.committed_version)
+        for member in self._members.values():
             if member.is_source:
                 self._send(member.id, adopted=adopted)
 

@@ -22,7 +22,7 @@ __all__ = [
     "Phase",
     "Roster",
     "Send",
-    "slowest_of",
+    "adopted_by",
 ]
 
 WIRE_VERSION = 1
@@ -136,14 +136,15 @@ class Member:
         return f"sink {self.hello.replica}/{self.hello.rank}"
 
 
-def slowest_of(members: Iterable[Member], version: int) -> pb.SinkSeconds:
-    """The longest of each, over sinks that serve a version."""
+def adopted_by(members: Iterable[Member], version: int) -> pb.Adopted:
+    """What sources hear when the fleet serves a version: the longest of each stage of its sinks."""
     found = [m.seconds for m in members if not m.is_source and m.active == version]
-    return pb.SinkSeconds(
+    slowest = pb.SinkSeconds(
         fill=max((s.fill for s in found), default=0.0),
         verify=max((s.verify for s in found), default=0.0),
         pause=max((s.pause for s in found), default=0.0),
     )
+    return pb.Adopted(version=version, slowest=slowest)
 
 
 @dataclass

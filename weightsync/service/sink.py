@@ -104,7 +104,8 @@ class SinkMember(Member):
         """Wait for a committed version newer than the active one and adopt it.
 
         Args:
-            version: Smallest version to accept; None: any newer one.
+            version: Smallest version to accept, after older ones if they come first; None: any
+                newer one.
             timeout_s: Deadline of the whole call.
 
         Returns:
@@ -128,7 +129,8 @@ class SinkMember(Member):
                 self.send(ready_to_apply=pb.ReadyToApply(version=wanted))
                 if self._wait_apply(wanted, deadline):
                     self._apply(wanted)
-                    if self._wait_active(wanted, deadline):
+                    is_active = self._wait_active(wanted, deadline)
+                    if is_active and (version is None or wanted >= version):
                         return wanted
         finally:
             with self.changed:
@@ -154,10 +156,8 @@ class SinkMember(Member):
         with self.changed:
             while True:
                 self._raise_if_torn()
-                ready = self.state == pb.COMMITTED and (
-                    version is None or self.state_version >= version
-                )
-                if ready and self.session is not None:
+                # An older one too: the next is written only when this one is adopted.
+                if self.state == pb.COMMITTED and self.session is not None:
                     return self.state_version
                 if self._problem is not None:
                     raise self._problem

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.text import Text
 
 from weightsync.units import format_bytes, format_seconds, gb_per_s
 
-__all__ = ["STAGES", "LiveProgress", "VersionRow", "stage_table"]
+__all__ = ["STAGES", "LiveProgress", "VersionRow", "figures_of", "stage_table"]
 
 # In the order in which they happen; who takes the time, and what for.
 STAGES: Final[dict[str, str]] = {
@@ -115,6 +115,29 @@ class VersionRow:
     stages_s: dict[str, float] = field(default_factory=dict)
     verified: bool | None = None
     is_committed: bool = True
+
+    def add_published(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Take in what sources report of the version: keys as in `VersionReport`."""
+        self.seconds = max(report["seconds"] for report in reports)
+        self.num_bytes = sum(report["num_bytes"] for report in reports)
+        self.num_replicas = min(report["num_replicas"] for report in reports)
+
+    def add_stages(self, reports: Iterable[Mapping[str, float]]) -> None:
+        """Take in ranks' seconds by stage; the slowest counts."""
+        for report in reports:
+            for name, seconds in report.items():
+                self.stages_s[name] = max(self.stages_s.get(name, 0.0), seconds)
+
+
+def figures_of(rows: Sequence[VersionRow]) -> dict[str, Any]:
+    """Bytes, seconds and stages of the committed versions, for `--json`."""
+    names = {name: None for row in rows for name in row.stages_s}
+    return {
+        "bytes": max((row.num_bytes for row in rows), default=0),
+        "publish_s": [row.seconds for row in rows],
+        "gb_per_s": median([gb_per_s(row.num_bytes, row.seconds) for row in rows] or [0.0]),
+        "stages": {name: [row.stages_s.get(name) for row in rows] for name in names},
+    }
 
 
 def stage_table(rows: Sequence[VersionRow], verified_how: str = "bit for bit") -> Table:

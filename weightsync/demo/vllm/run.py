@@ -8,7 +8,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 from rich.console import Console
@@ -21,8 +20,8 @@ from weightsync.demo.worker import Message, Team, Worker
 from weightsync.demo.workspace import Interrupts, workspace
 from weightsync.errors import ConfigError
 from weightsync.integrations.vllm import attach
-from weightsync.telemetry.progress import LiveProgress, VersionRow, stage_table
-from weightsync.units import format_bytes, format_seconds, gb_per_s
+from weightsync.telemetry.progress import LiveProgress, VersionRow, figures_of, stage_table
+from weightsync.units import format_bytes, format_seconds
 
 __all__ = ["VllmDemoOptions", "run_vllm_demo"]
 
@@ -179,12 +178,8 @@ class _Demo:
             return row, during
         row.is_committed = True
         done: list[Message] = list(events.values())
-        row.seconds = max(event["seconds"] for event in done)
-        row.num_bytes = sum(event["num_bytes"] for event in done)
-        row.num_replicas = min(event["num_replicas"] for event in done)
-        for event in done:
-            for name, seconds in event["stages_s"].items():
-                row.stages_s[name] = max(row.stages_s.get(name, 0.0), seconds)
+        row.add_published(done)
+        row.add_stages(event["stages_s"] for event in done)
         return row, during
 
     def _judge(self, step: int) -> bool:
@@ -242,7 +237,6 @@ def run_vllm_demo(options: VllmDemoOptions, console: Console) -> dict[str, Any]:
         console.print(Text(problem, "bold red"), soft_wrap=True)
     done = [row for row in outcome.rows if row.is_committed]
     verified = not outcome.problems and len(done) == options.steps
-    names = {name: None for row in done for name in row.stages_s}
     return {
         "ok": verified,
         "verified": verified,
@@ -252,10 +246,7 @@ def run_vllm_demo(options: VllmDemoOptions, console: Console) -> dict[str, Any]:
         "steps": options.steps,
         "model": options.model,
         "mode": "staged",
-        "bytes": max((row.num_bytes for row in done), default=0),
-        "publish_s": [row.seconds for row in done],
-        "gb_per_s": median([gb_per_s(row.num_bytes, row.seconds) for row in done] or [0.0]),
-        "stages": {name: [row.stages_s.get(name) for row in done] for name in names},
+        **figures_of(done),
         "problems": outcome.problems,
     }
 

@@ -5,72 +5,34 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from weightsync import Job, Source, failpoints
-from weightsync.demo.model import build_model, text
+from weightsync.demo.fsdp import FsdpTrainer
+from weightsync.demo.model import build_model
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import WeightSyncError
 
 __all__ = ["run"]
 
-_BATCH: Final = 4  # sequences per trainer and step
 _LENGTH: Final = 64
-_SEED: Final = 2024
 
 
-class _Trainer:
-    """One rank: the sharded model, its optimizer and its part of the text."""
+class _Trainer(FsdpTrainer):
+    """A rank that knows what transformers would say."""
 
     def __init__(self, options: Message) -> None:
-        self.rank, self.world_size = int(options["rank"]), int(options["world_size"])
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{options['folder']}/gloo",
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timedelta(seconds=float(options["timeout_s"])),
-        )
         config = json.loads(Path(options["model"], "config.json").read_text(encoding="utf-8"))
+        is_random = bool(options.get("is_random", False))
+        lr = float(options["lr"])
+        super().__init__(options, config, lr=lr, length=_LENGTH, is_random=is_random)
         dtype = getattr(torch, options["dtype"])
-        torch.manual_seed(_SEED)  # the same weights everywhere before they are sharded
-        self.model: Any = build_model(config, torch.float32)
-        mesh = init_device_mesh("cpu", (self.world_size,))
-        decoder: Any = self.model.get_submodule("model.layers")
-        for layer in decoder:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=float(options["lr"]))
         self.judge = build_model(config, dtype).eval() if self.rank == 0 else None
-        self.is_random = bool(options.get("is_random", False))
-        self.text = torch.frombuffer(bytearray(text()), dtype=torch.uint8)
-        self.random = torch.Generator().manual_seed(_SEED + 1 + self.rank)
-
-    def train(self) -> float:
-        """One optimizer step on this rank's share of the batch; the mean loss of all ranks."""
-        ids = self._batch()
-        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        return float(mean) / self.world_size
-
-    def _batch(self) -> torch.Tensor:
-        if self.is_random:
-            vocabulary = self.model.get_input_embeddings().num_embeddings
-            return torch.randint(vocabulary, (_BATCH, _LENGTH), generator=self.random)
-        starts = torch.randint(len(self.text) - _LENGTH, (_BATCH,), generator=self.random).tolist()
-        return torch.stack([self.text[start : start + _LENGTH] for start in starts]).long()
 
     def remember(self) -> None:
         """Gather the weights for the judge: weightsync itself never does this."""
