@@ -18,6 +18,8 @@ from support.fabrics import RAILS
 from support.toy import SHAPES, ToySinkLayout, ToySourceLayout, expected_sink, toy_shard, toy_sink
 from weightsync import errors
 from weightsync.client import Job, Sink, Source
+from weightsync.service import member
+from weightsync.service.session import Session
 
 SOURCES = 2
 TIMEOUT_S = 20.0
@@ -310,6 +312,27 @@ def test_a_coordinator_that_restarts_goes_on_with_its_versions(tmp_path: Path) -
             members = SOURCES + len(fleet.sinks)
             names = [thread.name for thread in threading.enumerate()]
             assert names.count("weightsync-lease") == names.count("weightsync-control") == members
+
+
+def test_a_member_that_is_slow_to_join_again_answers_what_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator binds as soon as it has welcomed the last one."""
+
+    class SlowSession(Session):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            time.sleep(0.3)
+
+    url, journal = f"unix:{tmp_path}/job.sock", tmp_path / "job.db"
+    job = Job.start(url, journal=journal)
+    fleet = Fleet(job)
+    with fleet.stack:
+        monkeypatch.setattr(member, "Session", SlowSession)
+        job.close()
+        with Job.start(url, journal=journal):
+            fleet.train(1)
+            assert {r.version for r in fleet.publish()} == {1}
 
 
 def test_a_refit_that_runs_out_of_time_leaves_the_old_version(job: Job) -> None:

@@ -100,6 +100,7 @@ class Member:
         while self.session is None:
             try:
                 self.session = self._connect(max(_RETRY_S, deadline - time.monotonic()))
+                self.session.begin()
             except PeerLostError:
                 if time.monotonic() + _RETRY_S > deadline:
                     raise
@@ -220,5 +221,6 @@ class Member:
                 self.session = session
                 self.lost = None
                 self.changed.notify_all()
+            session.begin()
             self.rejoined()
             return

@@ -61,12 +61,13 @@ def fetch_status(
 
 
 class Session:
-    """One connection of one member to its coordinator.
+    """One connection of one member to its coordinator. Hears nothing before `begin`.
 
     Args:
         url: Job URL.
         hello: First message.
         handler: Called on the reader thread with every message after Welcome; must not block.
+            An answer needs this session, so `begin` comes when its owner has it at hand.
         on_lost: Called once, on the reader thread, when the stream ends for any reason but
             `close`; the argument says why.
         heartbeat: Makes the heartbeat message; called on the heartbeat thread.
@@ -97,6 +98,7 @@ class Session:
         self._heartbeat = heartbeat
         self._outbox: queue.SimpleQueue[pb.MemberMessage | None] = queue.SimpleQueue()
         self._welcomed = threading.Event()
+        self._begun = threading.Event()
         self._closing = threading.Event()
         self._refusal: WeightSyncError | None = None
         self.welcome = pb.Welcome()
@@ -112,6 +114,10 @@ class Session:
         self._beater = threading.Thread(target=self._beat, name="weightsync-lease", daemon=True)
         self._beater.start()
 
+    def begin(self) -> None:
+        """Let messages, and the loss of the stream, reach the handlers."""
+        self._begun.set()
+
     def send(self, **kind: object) -> None:
         """Queue one MemberMessage, named by its field: `send(vote=pb.Vote(...))`. Never blocks."""
         self._outbox.put(pb.MemberMessage(**kind))  # type: ignore[arg-type]
@@ -121,6 +127,7 @@ class Session:
         if self._closing.is_set():
             return
         self._closing.set()
+        self._begun.set()
         self._outbox.put(pb.MemberMessage(leave=pb.Leave()))
         self._outbox.put(None)
         if threading.current_thread() is not self._reader:
@@ -146,6 +153,7 @@ class Session:
                 if kind == "welcome":
                     self.welcome = message.welcome
                     self._welcomed.set()
+                    self._begun.wait()  # for the owner, which called the constructor
                 elif kind == "refused":
                     why = to_error(message.refused.problem)
                     self._refusal = why
