@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -11,7 +13,6 @@ from weightsync.errors import LayoutError
 from weightsync.integrations.recording.writes import (
     Fill,
     Index,
-    RecordedPiece,
     Storage,
     dense,
     digits_of,
@@ -22,74 +23,67 @@ __all__ = ["fills_of", "whole_fill"]
 _TAKEN = -1  # a cell of a parameter that holds weights
 
 
-def fills_of(storage: Storage, shape: Index, pieces: Sequence[RecordedPiece]) -> Iterator[Fill]:
-    """Boxes that no piece covers, with the value that the engine leaves there."""
+def fills_of(storage: Storage) -> Iterator[Fill]:
+    """Boxes that no weight covers, with the value there. What nobody set counts as zeros.
+
+    That is of a storage that weights were copied to; in another one nobody knows it.
+
+    Raises:
+        LayoutError: They are no boxes: there are gaps between elements of a weight.
+    """
+    pieces, shape = storage.all_pieces, storage.shape
     if sum(piece.volume for piece in pieces) >= storage.numel:
         return
     boxes = [
         _covered(piece.offset, zip(piece.n, piece.stride, strict=True), shape, piece.tensor)
         for piece in pieces
     ]
-    values = list(_constants(storage))
     # Constants need not end where weights do.
-    edges = boxes + [_covered(offset, dims, shape, "a constant") for offset, dims, _ in values]
+    edges = boxes + [
+        _covered(fill.offset, zip(fill.n, fill.stride, strict=True), shape, "a constant")
+        for fill in storage.fills
+    ]
     cuts = [
         sorted({0, size, *(b[0][d] for b in edges), *(b[0][d] + b[1][d] for b in edges)})
         for d, size in enumerate(shape)
     ]
     place = [{start: i for i, start in enumerate(c)} for c in cuts]
-    # Which value is in each cell between cuts: the last that was written, or none that matters.
-    known: list[float | None] = [0.0 if storage.background is None else storage.background]
+    # Which value is in each cell between cuts: the last that was written.
+    known = {_key(value): value for value in (0.0 if storage.is_loaded else math.nan,)}
     cells = torch.zeros([len(c) - 1 for c in cuts], dtype=torch.int64, device="cpu")
-    for (_, _, value), box in zip(values, edges[len(boxes) :], strict=True):
-        if value not in known:
-            known.append(value)
-        cells[_slices(box, place)] = known.index(value)
+    for fill, box in zip(storage.fills, edges[len(boxes) :], strict=True):
+        key = _key(fill.value)
+        known.setdefault(key, fill.value)
+        cells[_slices(box, place)] = list(known).index(key)
     for box in boxes:
         cells[_slices(box, place)] = _TAKEN
+    values = list(known.values())
     strides = dense(shape)
     for cell, index in _even_boxes(cells):
-        fill = known[index]
-        if fill is None:
-            raise LayoutError(
-                "the engine's loader fills a part of it with values of its own that are no "
-                "constant; this cannot be recorded"
-            )
         lo = tuple(cuts[d][a] for d, (a, _) in enumerate(cell))
         n = tuple(cuts[d][b] - cuts[d][a] for d, (a, b) in enumerate(cell))
         offset = sum(a * s for a, s in zip(lo, strides, strict=True))
-        yield Fill(
-            offset, n, tuple(0 if k == 1 else s for k, s in zip(n, strides, strict=True)), fill
-        )
+        stride = tuple(0 if k == 1 else s for k, s in zip(n, strides, strict=True))
+        yield Fill(offset, n, stride, values[index])
 
 
-_Constant = tuple[int, Iterable[tuple[int, int]], float | None]
+def whole_fill(storage: Storage) -> tuple[Fill, ...]:
+    """The one value of a tensor that holds no weights, where that is known."""
+    try:
+        fills = list(fills_of(storage))
+    except LayoutError:
+        return ()
+    return tuple(fills) if len(fills) == 1 and not math.isnan(fills[0].value) else ()
 
 
-def _constants(storage: Storage) -> Iterator[_Constant]:
-    """Offset, dims and value of what was written that is no weight, oldest first."""
-    for write in storage.writes:
-        for fill in write.fills:
-            yield fill.offset, zip(fill.n, fill.stride, strict=True), fill.value
-        if not (write.fills or write.pieces):
-            yield write.offset, write.dims, None
+def _key(value: float) -> bytes:
+    """Tells zeros of either sign apart, and finds NaN equal to itself."""
+    return struct.pack("<d", value)
 
 
 def _slices(box: tuple[Index, Index], place: Sequence[dict[int, int]]) -> tuple[slice, ...]:
     """The cells of a box."""
     return tuple(slice(at[lo], at[lo + n]) for at, lo, n in zip(place, *box, strict=True))
-
-
-def whole_fill(storage: Storage | None, shape: Index) -> tuple[Fill, ...]:
-    """The one value of a tensor that the loader leaves alone, where that is known."""
-    if storage is None or storage.shape != shape:
-        return ()
-    value = storage.background
-    for write in storage.writes:
-        if write.volume != storage.numel:
-            return ()
-        value = write.fills[0].value if write.fills and not write.pieces else None
-    return () if value is None else (Fill(0, shape, dense(shape), value),)
 
 
 def _covered(

@@ -1,12 +1,11 @@
-"""From the writes into a storage to boxes of canonical tensors: affine maps, composed."""
+"""What a copy of a copy brings: boxes of canonical tensors through affine maps, composed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
-
-import torch
 
 from weightsync.errors import LayoutError
 from weightsync.integrations.recording.fills import fills_of
@@ -17,12 +16,11 @@ from weightsync.integrations.recording.writes import (
     Index,
     RecordedPiece,
     Storage,
-    Write,
     dense,
     digits_of,
 )
 
-__all__ = ["carry", "pieces_of"]
+__all__ = ["carry"]
 
 # Loaders that scatter single elements would make a plan of single elements.
 _MAX_SPLIT = 4096
@@ -30,30 +28,32 @@ _MAX_SPLIT = 4096
 T = TypeVar("T")
 
 
-def carry(copy: Copy, source: Storage) -> Write:
-    """What a copy brings from a storage that holds weights, as it is now.
+def carry(copy: Copy, source: Storage) -> tuple[tuple[RecordedPiece, ...], tuple[Fill, ...]]:
+    """What a copy brings from a storage, as it is now.
+
+    Returns:
+        Boxes of canonical tensors, and the constants beside them, in the target.
 
     Raises:
         LayoutError: It is no set of strided boxes, or of too many.
     """
-    region = Write(copy.dst_offset, tuple((dim.n, dim.dst) for dim in copy.dims))
     boxes = list(_boxes(copy, source.shape))
-    if source.tensor:
-        whole = [
-            RecordedPiece(source.tensor, box.lo, box.n, box.step, box.offset, box.stride)
+    held = source.all_pieces
+    if source.is_whole:
+        whole = (
+            RecordedPiece(held[0].tensor, box.lo, box.n, box.step, box.offset, box.stride)
             for box in boxes
-        ]
-        return replace(region, pieces=tuple(whole))
-    held = pieces_of(source)
+        )
+        return tuple(whole), ()
     pieces = [part for piece in held for part in _moved(piece, source.shape, boxes)]
-    if sum(piece.volume for piece in pieces) == region.volume:
-        return replace(region, pieces=tuple(pieces))
+    if sum(piece.volume for piece in pieces) == math.prod(dim.n for dim in copy.dims):
+        return tuple(pieces), ()
     fills = [
         Fill(part.offset, part.n, part.stride, fill.value)
-        for fill in fills_of(source, source.shape, held)
+        for fill in fills_of(source)
         for part in _moved(_as_piece(fill), source.shape, boxes)
     ]
-    return replace(region, pieces=tuple(pieces), fills=tuple(fills))
+    return tuple(pieces), tuple(fills)
 
 
 def _as_piece(fill: Fill) -> RecordedPiece:
@@ -66,41 +66,6 @@ def _moved(piece: RecordedPiece, shape: Index, boxes: Sequence[_Box]) -> Iterato
     for part in _aligned(piece, shape):
         for box in boxes:
             yield from _through(part, shape, box)
-
-
-def pieces_of(storage: Storage) -> list[RecordedPiece]:
-    """The canonical content of a storage; later writes hide earlier ones of the same region."""
-    found: dict[_Region, tuple[RecordedPiece, ...]] = {}
-    for write in storage.writes:
-        region = (write.offset, write.dims)
-        found.pop(region, None)
-        if write.volume == storage.numel:
-            found.clear()
-        if write.pieces:
-            found[region] = write.pieces
-        elif any(_meet(region, other, storage.numel) for other in found):
-            raise LayoutError(
-                "the engine's loader overwrites a part of what it copied with a constant; "
-                "this cannot be recorded"
-            )
-    return [piece for pieces in found.values() for piece in pieces]
-
-
-_Region = tuple[int, tuple[tuple[int, int], ...]]
-
-
-def _meet(one: _Region, other: _Region, numel: int) -> bool:
-    """Whether two strided regions of a storage have an element in common."""
-    ends = [offset + sum((n - 1) * stride for n, stride in dims) for offset, dims in (one, other)]
-    if one[0] > ends[1] or other[0] > ends[0]:
-        return False
-    taken = torch.zeros(numel, dtype=torch.bool, device="cpu")
-    views = [
-        taken.as_strided([n for n, _ in dims], [stride for _, stride in dims], offset)
-        for offset, dims in (one, other)
-    ]
-    views[0].fill_(True)
-    return bool(views[1].any())
 
 
 def _boxes(copy: Copy, shape: Index) -> Iterator[_Box]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from weightsync.errors import LayoutError
 
 __all__ = [
     "Copy",
@@ -15,10 +18,11 @@ __all__ = [
     "Index",
     "Recorded",
     "RecordedPiece",
+    "Region",
     "Storage",
-    "Write",
     "dense",
     "digits_of",
+    "whole_piece",
 ]
 
 Index = tuple[int, ...]
@@ -52,7 +56,10 @@ class RecordedPiece:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """A box of memory that holds a constant: `offset + stride . i`, in elements."""
+    """A box of memory that holds a constant: `offset + stride . i`, in elements.
+
+    A value of NaN stands for values that nobody knows; a `Recorded` has none of these.
+    """
 
     offset: int
     n: Index
@@ -98,47 +105,37 @@ class Copy:
     src_offset: int
     dst_offset: int
 
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """A region of a storage that was written, and what came there at that time.
-
-    Args:
-        offset: First element.
-        dims: Elements and distance of neighbours, per dim of the region.
-        pieces: Boxes of canonical tensors in it.
-        fills: Constants in it. Neither these nor pieces: values that nobody knows.
-    """
-
-    offset: int
-    dims: tuple[tuple[int, int], ...]
-    pieces: tuple[RecordedPiece, ...] = ()
-    fills: tuple[Fill, ...] = ()
-
     @property
-    def volume(self) -> int:
-        """Elements of the region."""
-        return math.prod(n for n, _ in self.dims)
+    def region(self) -> Region:
+        """What it writes."""
+        return self.dst_offset, tuple((dim.n, dim.dst) for dim in self.dims)
+
+
+Region = tuple[int, tuple[tuple[int, int], ...]]  # first element; elements and distance per dim
 
 
 @dataclass(eq=False)
 class Storage:
-    """A storage that was made while recording; `tensor` is set for canonical ones.
+    """A storage that was made while recording, and what it holds so far.
 
-    `keep` holds the real one, so that its identity is not given to another. `is_loaded`: something
-    was copied here that had been a weight before the loader overwrote it with a constant.
-    `is_converted`: something that was copied here lost bits in a cast on its way, or was seen as
-    another type.
+    Args:
+        shape: Of the tensor it was made for, in the order of memory.
+        dtype: Of that tensor.
+        keep: The real one, so that its identity is not given to another.
+        is_loaded: It is a canonical tensor, or something of one was copied here.
+        is_converted: Something that was copied here lost bits in a cast on its way, or was seen as
+            another type.
+        pieces: Boxes of canonical tensors, by the region that a write brought them to.
+        fills: Constants, oldest first; weights lie over them.
     """
 
     shape: Index
     dtype: torch.dtype
     keep: Any
-    tensor: str = ""
-    background: float | None = None
     is_loaded: bool = False
     is_converted: bool = False
-    writes: list[Write] = field(default_factory=list)
+    pieces: dict[Region, tuple[RecordedPiece, ...]] = field(default_factory=dict)
+    fills: list[Fill] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
@@ -146,9 +143,81 @@ class Storage:
         return math.prod(self.shape)
 
     @property
-    def holds_weights(self) -> bool:
-        """Whether it is a canonical tensor, or something of one was copied here."""
-        return bool(self.tensor) or any(write.pieces for write in self.writes)
+    def all_pieces(self) -> list[RecordedPiece]:
+        """The canonical content. Pieces that overlap are found when the plan is proven."""
+        return [piece for pieces in self.pieces.values() for piece in pieces]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is one canonical tensor, as it was given to the loader."""
+        pieces = self.all_pieces
+        return len(pieces) == 1 and pieces[0] == whole_piece(pieces[0].tensor, self.shape)
+
+    def put(
+        self, region: Region, pieces: tuple[RecordedPiece, ...], fills: Iterable[Fill] = ()
+    ) -> None:
+        """Take in a write of a region; it hides earlier ones of the same region, or within it all.
+
+        Raises:
+            LayoutError: A constant falls on a part of what holds weights.
+        """
+        region = (region[0], tuple(sorted(region[1], key=lambda dim: dim[1])))
+        self.pieces.pop(region, None)
+        if math.prod(n for n, _ in region[1]) == self.numel:
+            self.pieces.clear()
+            self.fills.clear()
+        for fill in fills:
+            spot = (fill.offset, tuple(zip(fill.n, fill.stride, strict=True)))
+            for other, hidden in self.pieces.items():
+                if _meet(spot, other):
+                    raise LayoutError(
+                        f"the engine's loader overwrites a part of {hidden[0].tensor} with a "
+                        "constant; this cannot be recorded",
+                        tensor=hidden[0].tensor,
+                    )
+            self.fills.append(fill)
+        if pieces:
+            self.pieces[region] = pieces
+
+
+def _meet(one: Region, other: Region) -> bool:
+    """Whether two strided regions of a storage have an element in common."""
+    start, end = max(one[0], other[0]), min(_last(one), _last(other))
+    if start > end:
+        return False
+    one, other = (_clipped(region, start, end) for region in (one, other))
+    first = min(one[0], other[0])
+    taken = torch.zeros(max(_last(one), _last(other)) - first + 1, dtype=torch.bool, device="cpu")
+    views = [
+        taken.as_strided([n for n, _ in dims], [stride for _, stride in dims], offset - first)
+        for offset, dims in (one, other)
+    ]
+    views[0].fill_(True)
+    return bool(views[1].any())
+
+
+def _last(region: Region) -> int:
+    return region[0] + sum((n - 1) * stride for n, stride in region[1])
+
+
+def _clipped(region: Region, start: int, end: int) -> Region:
+    """What of a region may lie between two elements: fewer steps of its widest dim."""
+    offset, dims = region
+    if not dims:
+        return region
+    (n, stride), *inner = sorted(dims, key=lambda dim: -dim[1])
+    if not stride:
+        return region
+    reach = sum((count - 1) * step for count, step in inner)
+    first = min(n - 1, max(0, -(-(start - offset - reach) // stride)))
+    last = max(first, min(n - 1, (end - offset) // stride))
+    return offset + first * stride, ((last - first + 1, stride), *inner)
+
+
+def whole_piece(tensor: str, shape: Index) -> RecordedPiece:
+    """A canonical tensor in memory of its own."""
+    ones = (1,) * len(shape)
+    return RecordedPiece(tensor, (0,) * len(shape), shape, ones, 0, dense(shape))
 
 
 def dense(shape: Index) -> Index:

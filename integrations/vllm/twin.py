@@ -206,11 +206,11 @@ def _read(
     sites: list[tuple[str, str, str]] = []
     ignored: list[str] = []
     constants: dict[str, float] = {}
-    first_name: dict[int, str] = {}
+    first_name: dict[tuple[object, ...], str] = {}
     for path, module in twin.named_modules():
         for attribute, tensor in _own_tensors(module):
             name = f"{path}.{attribute}" if path else attribute
-            known = first_name.setdefault(tensor.untyped_storage()._cdata, name)
+            known = first_name.setdefault(_place(tensor), name)
             if known == name:
                 recorded = _recorded(recorder, name, tensor)
                 if recorded is None or not recorded.is_loaded:
@@ -223,6 +223,12 @@ def _read(
                 sites.append((path, attribute, known))
     shapes = {name: shape or (1,) for name, (shape, _) in tensors.items()}
     return Recording(parameters, tuple(sites), tuple(ignored), constants, shapes)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for tied parameters; not for different views of one storage."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

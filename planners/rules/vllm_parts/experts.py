@@ -102,7 +102,8 @@ def _experts(
     dtype = checkpoint.dtypes.get(first + "gate_proj.weight")
     yield Parameter(routed + "w13_weight", (num_slots, 2 * share, hidden), tuple(w13), dtype=dtype)
     yield Parameter(routed + "w2_weight", (num_slots, hidden, share), tuple(w2), dtype=dtype)
-    if not checkpoint.is_block_scaled(first + "gate_proj"):
+    held = [f"{prefix}{e}.{w}_proj" for e in place.experts for w in ("gate", "up", "down")]
+    if not checkpoint.is_block_scaled(routed + "w13_weight", held):
         return
     # One grid for all scales: that of the checkpoint, or a finer one that the shards fit.
     block = refined_block(config, degrees) or checkpoint.block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,9 +49,25 @@ class Checkpoint:
         own = self.dtypes.get(tensor) if dtype is None else dtype
         return whole(tensor if name is None else name, tensor, self.shapes[tensor], own)
 
-    def is_block_scaled(self, source: str) -> bool:
-        """Whether a Linear is in blocks of FP8."""
-        return source + SCALE in self.shapes
+    def is_block_scaled(self, name: str, sources: Iterable[str]) -> bool:
+        """Whether Linears of the checkpoint are in blocks of FP8.
+
+        Args:
+            name: Name of the module that holds them all, for the message.
+            sources: Their names.
+
+        Raises:
+            ConfigError: Some are and some are not; vLLM refuses this as well.
+        """
+        found = {source + SCALE in self.shapes: source for source in sources}
+        if len(found) > 1:
+            raise ConfigError(
+                f"vllm: {name} would hold {found[True]}, which is in blocks of FP8, beside "
+                f"{found[False]}, which is not; list all or none of them in modules_to_not_convert",
+                key="quantization_config",
+                tensor=name,
+            )
+        return True in found
 
     @property
     def block(self) -> tuple[int, int]:
@@ -73,9 +89,9 @@ class Checkpoint:
             Its parameters.
 
         Raises:
-            ConfigError: Slices do not begin and end between blocks of FP8.
+            ConfigError: Slices do not begin and end between blocks of FP8, or some have no blocks.
         """
-        is_scaled = self.is_block_scaled(slices[0].source)
+        is_scaled = self.is_block_scaled(name, (part.source for part in slices))
         kinds = [".weight", *([SCALE] if is_scaled else []), *([".bias"] if bias else [])]
         if is_scaled:
             self._check_rows(name, slices)
@@ -113,7 +129,7 @@ class Checkpoint:
         Raises:
             ConfigError: The columns do not begin and end between blocks of FP8.
         """
-        is_scaled = self.is_block_scaled(source)
+        is_scaled = self.is_block_scaled(name, [source])
         shape = self.shapes[source + ".weight"]
         if is_scaled and count < shape[1] and count % self.block[1]:
             raise self._misfit(name, f"{count} columns", self.block[1])
