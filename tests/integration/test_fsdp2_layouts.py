@@ -27,7 +27,8 @@ from support.layout_oracle import (
     read_buffers,
 )
 from weightsync.errors import LayoutError
-from weightsync.live.layout import LiveLayout, fingerprint, module_layout
+from weightsync.live.layout import LiveLayout, module_layout
+from weightsync.live.weights import SourceWeights
 from weightsync.planners import rules
 
 
@@ -93,6 +94,7 @@ def check_ranks(rank: int) -> None:
     assert_equals_rule(TINY_QWEN3, hybrid, fsdp=2, replicate=2)
     assert_equals_rule(TINY_QWEN3_MOE, hybrid, fsdp=2, replicate=2)
     assert_steps_are_seen(hybrid)
+    assert_a_forward_goes_on_while_a_version_is_open(hybrid)
     assert_own_names(flat)
     assert_older_wrappers()
     assert_any_placement(hybrid)
@@ -115,13 +117,39 @@ def assert_outsiders_hold_nothing(mesh: DeviceMesh) -> None:
 def assert_steps_are_seen(mesh: DeviceMesh) -> None:
     model, _ = sharded(TINY_QWEN3, mesh)
     optimizer = torch.optim.AdamW(model.parameters())
-    before = fingerprint(model)
+    held = watched(model, mesh)
+    before = held.fingerprint()
     model(torch.arange(4)[None]).logits.sum().backward()
-    assert fingerprint(model) == before
+    assert held.changed_since(before) is None
     optimizer.step()
-    after = fingerprint(model)
-    assert after.keys() == before.keys()
-    assert all(after[name] != before[name] for name in before)
+    assert held.changed_since(before) is not None
+
+
+def assert_a_forward_goes_on_while_a_version_is_open(mesh: DeviceMesh) -> None:
+    """A version is written on another thread: it must find the shards, and leave FSDP alone."""
+    model, _ = sharded(TINY_QWEN3, mesh)
+    ids = torch.arange(4)[None]
+    expected = model(ids).logits
+    held = watched(model, mesh)
+    before, addresses = held.fingerprint(), held.addresses().tolist()
+    looks = 0
+
+    def look(*_: object) -> None:
+        nonlocal looks
+        looks += 1
+        assert held.addresses().tolist() == addresses
+        assert held.changed_since(before) is None
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(look)
+    assert torch.equal(model(ids).logits, expected)
+    assert looks == len(model.model.layers)
+
+
+def watched(model: nn.Module, mesh: DeviceMesh) -> SourceWeights:
+    held = SourceWeights(model, layout=None, rank=mesh.get_rank(), dtype=None)
+    held.prepare()
+    return held
 
 
 class Small(nn.Module):
@@ -158,6 +186,9 @@ def assert_older_wrappers() -> None:
     plain = module_layout(module).manifest().to_bytes()
     replicated = DistributedDataParallel(module)
     assert module_layout(replicated).manifest().to_bytes() == plain
+    compiled = nn.Module()  # as torch.compile holds it
+    compiled._orig_mod = replicated
+    assert module_layout(compiled).manifest().to_bytes() == plain
     flattened = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
     with pytest.raises(LayoutError, match="FSDP1"):
         module_layout(flattened)

@@ -18,7 +18,7 @@ from support.layout_oracle import (
 )
 from weightsync.errors import ConfigError, DtypeMismatchError, LayoutError, UnknownTensorError
 from weightsync.integrations import readback
-from weightsync.live.layout import fingerprint, match_buffers, module_layout
+from weightsync.live.layout import match_buffers, module_layout
 from weightsync.planners import rules
 
 
@@ -42,18 +42,6 @@ def test_tensors_are_the_memory_of_the_module() -> None:
     for name, parameter in parameters.items():
         assert tensors[name].data_ptr() == parameter.data_ptr()
         assert not tensors[name].requires_grad
-
-
-def test_writes_and_replacements_are_seen() -> None:
-    model = build_model(TINY_QWEN3)
-    before = fingerprint(model)
-    assert before == fingerprint(model)
-    with torch.no_grad():
-        model.model.norm.weight.add_(1)
-    model.model.layers[0].input_layernorm.weight = nn.Parameter(torch.zeros(16))
-    after = fingerprint(model)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"model.norm.weight", "model.layers.0.input_layernorm.weight"}
 
 
 def test_weights_that_come_or_go_need_a_new_layout() -> None:
@@ -139,6 +127,7 @@ def test_wrappers_leave_names_alone() -> None:
         (torch.zeros(2, 2).to_sparse(), "layout torch.sparse_coo"),
         (TwoTensor(torch.zeros(2), torch.zeros(2)), "odd is a TwoTensor"),
         (torch.zeros(2, 1).expand(2, 3), "odd is expanded"),
+        (torch._neg_view(torch.zeros(2)), "odd is a negated view"),
     ],
 )
 def test_tensors_that_cannot_be_described_are_named(tensor: Tensor, message: str) -> None:

@@ -130,6 +130,24 @@ def process_group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
+def test_another_cut_of_a_dtensor_is_refused() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    weights = {"w": DTensor.from_local(torch.zeros(4, 4), mesh, [Shard(0)])}
+    held = watched(weights)
+    weights["w"] = DTensor.from_local(torch.zeros(4, 4), mesh, [Shard(1)])
+    with pytest.raises(LayoutError, match="w is not what it was"):
+        held.prepare()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_inference_dtensors_do_not_count_writes() -> None:
+    with torch.inference_mode():
+        tensor = DTensor.from_local(torch.zeros(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    held = watched({"w": tensor})
+    assert held.changed_since(held.fingerprint()) is None
+
+
+@pytest.mark.usefixtures("process_group")
 def test_dtensors_are_watched_by_their_local_memory() -> None:
     mesh = init_device_mesh("cpu", (1,))
     tensor = DTensor.from_local(torch.zeros(4, 2), mesh, [Shard(0)])

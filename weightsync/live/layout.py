@@ -26,7 +26,7 @@ from weightsync.planners.rules.parts import Parameter, Part, whole, write
 from weightsync.planners.rules.torchtitan import torchtitan_parameter, torchtitan_skips
 from weightsync.planners.rules.transformers import transformers_aliases, transformers_parameters
 
-__all__ = ["LiveLayout", "fingerprint", "match_buffers", "module_layout"]
+__all__ = ["LiveLayout", "match_buffers", "module_layout"]
 
 _NAMES_SHOWN = 8
 
@@ -116,8 +116,7 @@ class LiveLayout:
 
         Returns:
             The local tensor of every buffer, in the manifest's order: no copy, detached. The buffer
-            starts at its `data_ptr()`; strides are in the manifest. To see whether weights changed
-            ask `fingerprint`: a DTensor's local tensor does not know.
+            starts at its `data_ptr()`; strides are in the manifest.
 
         Raises:
             LayoutError: Tensors came or went since the layout was made, or cannot be described.
@@ -195,24 +194,6 @@ class LiveLayout:
                 side=self._side,
             )
         return parameter
-
-
-def fingerprint(weights: Weights) -> dict[str, tuple[int, int]]:
-    """Takes what changes when PyTorch replaces weights or writes to them in place.
-
-    Steps of optimizers change it, on DTensors too; forward and backward passes do not. Writes that
-    go around PyTorch, or through `parameter.data`, go unseen.
-
-    Args:
-        weights: The module, or tensors by parameter name.
-
-    Returns:
-        Address and number of writes of every local tensor that is not empty, by its first name.
-
-    Raises:
-        LayoutError: A tensor cannot be described.
-    """
-    return {site.names[0]: (site.local.data_ptr(), site.num_writes) for site in live_sites(weights)}
 
 
 def match_buffers(manifest: Manifest, weights: Weights) -> dict[str, Tensor]:

@@ -67,8 +67,6 @@ class Site:
         stride: Strides of the memory, in elements.
         local: The memory, from its first element on; detached.
         dtype: Type of the elements.
-        num_writes: How often PyTorch wrote to the memory in place, through any of the names; only
-            differences mean something.
     """
 
     names: tuple[str, ...]
@@ -78,7 +76,6 @@ class Site:
     stride: Index
     local: Tensor
     dtype: Dtype
-    num_writes: int
 
 
 def live_sites(weights: Weights) -> list[Site]:
@@ -106,8 +103,7 @@ def live_sites(weights: Weights) -> list[Site]:
         address = id(tensor) if is_meta else site.local.data_ptr()
         key = (address, site.local.device, site.shape, site.boxes, site.stride, site.dtype)
         if key in found:
-            num_writes = found[key].num_writes + site.num_writes
-            site = replace(found[key], names=(*found[key].names, name), num_writes=num_writes)
+            site = replace(found[key], names=(*found[key].names, name))
         found[key] = site
     return list(found.values())
 
@@ -161,7 +157,7 @@ def skipped_buffers(weights: Weights) -> tuple[str, ...]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Looks through DistributedDataParallel.
+    """Looks through DistributedDataParallel and torch.compile, in any order.
 
     Args:
         module: Any module.
@@ -169,9 +165,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
     Returns:
         The module that holds the weights under their own names.
     """
-    while isinstance(module, DistributedDataParallel):
-        module = module.module
-    return module
+    while True:
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+        elif isinstance(compiled := module._modules.get("_orig_mod"), nn.Module):
+            module = compiled
+        else:
+            return module
 
 
 def _named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
@@ -204,13 +204,7 @@ def _site(name: str, tensor: Tensor) -> Site | None:
     if not boxes or 0 in n:
         return None
     stride = tuple(local.stride()) or (1,)
-    # An optimizer's step on a DTensor counts up the DTensor alone, not the local tensor inside.
-    num_writes = _num_writes(local) + (_num_writes(tensor) if isinstance(tensor, DTensor) else 0)
-    return Site((name,), shape, n, boxes, stride, local, KINDS[local.dtype], num_writes)
-
-
-def _num_writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors do not count
+    return Site((name,), shape, n, boxes, stride, local, KINDS[local.dtype])
 
 
 def _check(name: str, local: Tensor) -> None:
@@ -228,6 +222,8 @@ def _check(name: str, local: Tensor) -> None:
             "tensors and DTensors of them are supported",
             tensor=name,
         )
+    if local.is_neg() or local.is_conj():
+        raise LayoutError(f"{name} is a negated view; call resolve_neg() on it", tensor=name)
     expanded = [n for n, stride in zip(local.shape, local.stride(), strict=True) if not stride]
     if any(n > 1 for n in expanded):
         raise LayoutError(

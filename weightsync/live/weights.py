@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from weightsync.errors import (
@@ -51,7 +52,8 @@ class _Snapshot:
         addresses: Of local memory.
         num_writes: In place, as PyTorch counts them.
         ids: Identities of the objects, which are not kept alive; empty if not asked for.
-        meta: Hashes of dtype, shape and strides of local memory; empty if not asked for.
+        meta: Hashes of dtype, shape and strides of local memory, and of a DTensor's placements;
+            empty if not asked for.
     """
 
     names: list[str]
@@ -61,9 +63,8 @@ class _Snapshot:
     meta: list[int]
 
     @classmethod
-    def take(cls, weights: nn.Module | Mapping[str, Tensor], *, with_meta: bool = False) -> Self:
+    def take(cls, names: list[str], tensors: list[Tensor], *, with_meta: bool = False) -> Self:
         """Look at all tensors now."""
-        names, tensors = _listed(weights)
         local = _local(tensors)
         try:
             num_writes = [tensor._version for tensor in local]
@@ -73,11 +74,12 @@ class _Snapshot:
             # A step on a DTensor counts up the DTensor alone.
             both = enumerate(zip(tensors, local, strict=True))
             for index in [index for index, (tensor, part) in both if tensor is not part]:
-                num_writes[index] += tensors[index]._version
+                if not tensors[index].is_inference():
+                    num_writes[index] += tensors[index]._version
         addresses = [tensor.data_ptr() for tensor in local]
         if not with_meta:
             return cls(names, addresses, num_writes, [], [])
-        meta = [hash((tensor.dtype, tensor.shape, tensor.stride())) for tensor in local]
+        meta = [hash(_meta(*both)) for both in zip(tensors, local, strict=True)]
         return cls(names, addresses, num_writes, [id(tensor) for tensor in tensors], meta)
 
     def is_laid_out_as(self, other: _Snapshot) -> bool:
@@ -100,6 +102,12 @@ class _Snapshot:
         now = dict(zip(self.names, zip(self.addresses, self.num_writes, strict=True), strict=True))
         then = zip(before.names, before.addresses, before.num_writes, strict=True)
         return next((n for n, *seen in then if now.get(n) != tuple(seen)), None)
+
+
+def _meta(tensor: Tensor, local: Tensor) -> tuple[object, ...]:
+    """What must stay for a manifest to hold."""
+    cut = (tensor.shape, tensor.placements) if isinstance(tensor, DTensor) else None
+    return local.dtype, local.shape, local.stride(), cut
 
 
 def _listed(weights: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
@@ -165,7 +173,13 @@ class SourceWeights:
                     rank=rank,
                 )
         buffers = self.manifest.buffers
-        self._meta = {n: (t.dtype, t.shape, t.stride()) for n, t in tensors.items()}
+        # FSDP modules show whole tensors while they compute: what they hold is looked up only when
+        # the user's thread calls, and kept.
+        self._is_fsdp = isinstance(weights, nn.Module) and any(
+            isinstance(module, FSDPModule) for module in weights.modules()
+        )
+        self._held = _listed(weights)
+        self._meta = self._metas(*self._held)
         self.sizes: npt.NDArray[np.int64] = buffers.numel * ITEMSIZE[buffers.dtype]
         self._known: _Snapshot | None = None  # what `_check` was content with
         self._order = np.zeros(0, np.int64)  # of the buffers among its tensors
@@ -179,18 +193,24 @@ class SourceWeights:
         Raises:
             LayoutError: A tensor has another dtype, shape or stride than when the source joined.
         """
-        snapshot = _Snapshot.take(self._weights, with_meta=True)
+        self._held = _listed(self._weights)
+        snapshot = _Snapshot.take(*self._held, with_meta=True)
         if self._known is None or not snapshot.is_laid_out_as(self._known):
-            self._check(self._tensors())
+            self._tensors()  # raises if some came or went
+            self._check(self._metas(*self._held))
             place = {name: index for index, name in enumerate(snapshot.names)}
             self._order = np.array([place[n] for n in self.manifest.buffers.names], np.int64)
             self._known = snapshot
         self._fresh = snapshot
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, meta in self._meta.items():
-            tensor = tensors.get(name)
-            if tensor is None or (tensor.dtype, tensor.shape, tensor.stride()) != meta:
+    @staticmethod
+    def _metas(names: list[str], tensors: list[Tensor]) -> dict[str, tuple[object, ...]]:
+        listed = zip(names, tensors, _local(tensors), strict=True)
+        return {name: _meta(tensor, local) for name, tensor, local in listed}
+
+    def _check(self, metas: Mapping[str, tuple[object, ...]]) -> None:
+        for name in self.manifest.buffers.names:
+            if metas.get(name) != self._meta[name]:
                 raise LayoutError(
                     f"{self._label}: {name} is not what it was when the source joined; make a new "
                     "Source for changed weights",
@@ -198,13 +218,12 @@ class SourceWeights:
                 )
 
     def addresses(self) -> npt.NDArray[np.int64]:
-        """Address of every buffer of the manifest, in its order."""
-        if self._known is not None:
-            names, tensors = _listed(self._weights)
-            if names == self._known.names:
-                found = np.array([tensor.data_ptr() for tensor in _local(tensors)], np.int64)
-                in_order: npt.NDArray[np.int64] = found[self._order]
-                return in_order
+        """Address of every buffer of the manifest, in its order. On any thread, after `prepare`."""
+        names, tensors = self._now()
+        if self._known is not None and names == self._known.names:
+            found = np.array([tensor.data_ptr() for tensor in _local(tensors)], np.int64)
+            in_order: npt.NDArray[np.int64] = found[self._order]
+            return in_order
         return np.array([t.data_ptr() for t in self._tensors().values()], np.int64)
 
     def fingerprint(self) -> object:
@@ -213,12 +232,19 @@ class SourceWeights:
         Right after `prepare` it is what that one saw.
         """
         snapshot, self._fresh = self._fresh, None
-        return snapshot if snapshot is not None else _Snapshot.take(self._weights)
+        return snapshot if snapshot is not None else _Snapshot.take(*self._now())
 
     def changed_since(self, before: object) -> str | None:
-        """Name of a tensor that was replaced or written to since `fingerprint`, or None."""
+        """Name of a tensor that was replaced or written to since `fingerprint`, or None.
+
+        On any thread, also while a forward or backward pass runs. Parameters of FSDP modules that
+        are replaced go unseen: the version is what they were.
+        """
         assert isinstance(before, _Snapshot)
-        return _Snapshot.take(self._weights).difference(before)
+        return _Snapshot.take(*self._now()).difference(before)
+
+    def _now(self) -> tuple[list[str], list[Tensor]]:
+        return self._held if self._is_fsdp else _listed(self._weights)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Local tensors by buffer, in the manifest's order. No copy, no communication."""
