@@ -314,6 +314,20 @@ def test_a_coordinator_that_restarts_goes_on_with_its_versions(tmp_path: Path) -
             assert names.count("weightsync-lease") == names.count("weightsync-control") == members
 
 
+def test_weights_are_the_users_again_when_the_coordinator_stays_away() -> None:
+    job = Job.start()
+    with Source(
+        toy_shard({n: torch.zeros(s) for n, s in SHAPES.items()}, 0, 1),
+        layout=ToySourceLayout(1), rank=0, world_size=1, job=job, timeout_s=0.5,
+    ) as source:  # fmt: skip
+        job.close()
+        parameter = torch.nn.Parameter(torch.ones(3))
+        parameter.grad = torch.ones(3)
+        with pytest.raises(errors.TransferTimeoutError, match="not decided"):
+            source.publish()
+        torch.optim.SGD([parameter], lr=1.0).step()
+
+
 def test_a_member_that_is_slow_to_join_again_answers_what_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,21 +171,30 @@ class SourceMember(Member):
                     raise opened.error
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    raise self._timed_out(opened, until)
+                    break
                 self.changed.wait(min(left_s, 0.5))
+            else:
+                return
+        raise self._timed_out(opened, until)
 
     def _timed_out(self, opened: OpenVersion, until: Stage) -> WeightSyncError:
         where = f"at {opened.stage}" if opened.stage else "not decided"
         why = f"; {self.lost}" if self.lost is not None else ""
-        if opened.stage is None and self.lost is not None:
-            # Nobody can tell us the decision any more; give the weights back to the user.
-            opened.cancel.set()
-        return TransferTimeoutError(
+        error = TransferTimeoutError(
             f"source {self.rank}: version {opened.version or 'next'} did not reach {until} in "
             f"time ({where}){why}",
             rank=self.rank,
             version=opened.version,
         )
+        if opened.stage is None and time.monotonic() >= opened.deadline:
+            # Nobody tells us the decision any more. A commit needs this rank's word that all was
+            # written, so the weights are the user's again as soon as nothing reads them.
+            opened.cancel.set()
+            if self.drain(_GRACE_S):
+                with self.changed:
+                    opened.error = opened.error or error
+                    self.changed.notify_all()
+        return error
 
     def report(self, opened: OpenVersion) -> VersionReport:
         """What is known of a publish so far."""
