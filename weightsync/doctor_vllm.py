@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import socket
-import urllib.error
-import urllib.request
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import Final
 
 from weightsync.doctor import Check
-from weightsync.errors import ConfigError
 from weightsync.integrations.vllm.plugin import SERVE, TESTED_VERSIONS
+from weightsync.integrations.vllm.server import Server, StatusError
 
 __all__ = ["check_vllm"]
 
@@ -33,19 +29,16 @@ def check_vllm(url: str) -> list[Check]:
     Raises:
         ConfigError: It is no URL.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--vllm {url}: write a URL such as http://127.0.0.1:8000")
-    url = url.rstrip("/")
+    server = Server(url)
     try:
-        _get(url + "/health")
+        server.get("/health", timeout_s=_ANSWER_S)
     except OSError as error:
         return [Check("vllm server", "missing", f"{url}: {error}", f"start it with: {SERVE}")]
-    return [_version(url), *_routes(url, parts.hostname, parts.port or 80)]
+    return [_version(server), *_routes(server)]
 
 
-def _version(url: str) -> Check:
-    version = str(_get(url + "/version").get("version", "unknown"))
+def _version(server: Server) -> Check:
+    version = str(server.get("/version", timeout_s=_ANSWER_S).get("version", "unknown"))
     known = any(version.startswith(f"{tested}.") for tested in TESTED_VERSIONS)
     if known:
         return Check("vllm version", "ok", version)
@@ -57,10 +50,11 @@ def _version(url: str) -> Check:
     )
 
 
-def _routes(url: str, host: str, port: int) -> list[Check]:
+def _routes(server: Server) -> list[Check]:
+    host, port = server.host, server.port
     try:
-        shown = _get(url + "/weight_info")
-    except urllib.error.HTTPError:
+        shown = server.get("/weight_info", timeout_s=_ANSWER_S)
+    except StatusError:
         return [Check("vllm routes", "missing", "no development routes", f"start it with: {SERVE}")]
     serves = f"development routes answer; weight version {shown.get('weight_version')}"
     open_at = [host] if not _is_loopback(host) else _reachable_elsewhere(port)
@@ -83,7 +77,7 @@ def _reachable_elsewhere(port: int) -> list[str]:
     for address in sorted(_own_addresses()):
         host = f"[{address}]" if ":" in address else address
         try:
-            _get(f"http://{host}:{port}/weight_info", timeout_s=_KNOCK_S)
+            Server(f"http://{host}:{port}").get("/weight_info", timeout_s=_KNOCK_S)
         except (OSError, ValueError):
             continue
         found.append(address)
@@ -110,10 +104,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _get(url: str, *, timeout_s: float = _ANSWER_S) -> dict[str, Any]:
-    with urllib.request.urlopen(url, timeout=timeout_s) as reply:
-        content = reply.read(1 << 20)
-    answer = json.loads(content) if content else {}
-    return answer if isinstance(answer, dict) else {}

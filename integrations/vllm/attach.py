@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 import secrets
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from weightsync.client import Job
 from weightsync.errors import ConfigError, PeerLostError
 from weightsync.integrations.vllm.plugin import SERVE
+from weightsync.integrations.vllm.server import Server, StatusError
 from weightsync.integrations.vllm.wire import decoded
 
 if TYPE_CHECKING:
@@ -86,7 +84,7 @@ def attach(
     try:
         for engine in engines:
             if isinstance(engine, str):
-                _attach_server(engine.rstrip("/"), info)
+                _attach_server(Server(engine), info)
             else:
                 _attach_object(engine, info)
     except BaseException:
@@ -122,7 +120,11 @@ def refit(llm: LLM, version: int | None = None, *, timeout_s: float = 120.0) -> 
     engine.collective_rpc("start_weight_update")
     try:
         engine.collective_rpc("update_weights", kwargs={"update_info": info})
-    except Exception as error:  # vLLM passes texts on, no classes
+    except BaseException as error:
+        # Ranks that did not fail take the update for open, and would refuse the next.
+        with contextlib.suppress(Exception):
+            engine.collective_rpc("finish_weight_update")
+        # vLLM passes texts on, no classes.
         raise decoded(str(error)) or error from error
     engine.collective_rpc("finish_weight_update")
     engine.reset_prefix_cache()
@@ -145,31 +147,21 @@ def _attach_object(llm: LLM, info: Mapping[str, Any]) -> None:
     _attached[llm] = (Job.connect(info["job"]), replica)
 
 
-def _attach_server(url: str, info: Mapping[str, Any]) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url!r} is no URL of a vLLM server, such as http://127.0.0.1:8000")
-    body = {"init_info": {**info, "replica": parts.netloc, "server": url}}
-    request = urllib.request.Request(
-        url + "/init_weight_transfer_engine",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
+def _attach_server(server: Server, info: Mapping[str, Any]) -> None:
+    body = {"init_info": {**info, "replica": server.name, "server": server.url}}
     try:
-        with urllib.request.urlopen(request, timeout=_INIT_S) as reply:
-            reply.read()
-    except urllib.error.HTTPError as error:
-        text = error.read(1 << 16).decode(errors="replace")
-        if error.code == 404:
-            raise ConfigError(f"{url} has no development routes; start it with: {SERVE}") from error
+        server.post("/init_weight_transfer_engine", body, timeout_s=_INIT_S)
+    except StatusError as error:
+        if error.status == 404:
+            raise ConfigError(
+                f"{server.url} has no development routes; start it with: {SERVE}"
+            ) from error
         raise (
-            decoded(text)
-            or _explained(text, url)
-            or PeerLostError(f"{url} answered {error.code}: {text[:500]}")
+            decoded(error.text) or _explained(error.text, server.url) or PeerLostError(str(error))
         ) from error
     except OSError as error:
         raise PeerLostError(
-            f"no vLLM server answers at {url}: {error}; start it with: {SERVE}"
+            f"no vLLM server answers at {server.url}: {error}; start it with: {SERVE}"
         ) from error
 
 

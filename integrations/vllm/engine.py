@@ -120,6 +120,7 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
                 "expert load balancing (EPLB) moves experts between ranks while a version is on "
                 "its way; start vLLM without --enable-eplb"
             )
+        is_paused = self._follower is not None and self._follower.is_paused
         self.shutdown()
         tensors = _canonical(self.model_config.hf_config.to_dict(), self.model_config.dtype)
         recording = record_worker(self.vllm_config, tensors)
@@ -155,6 +156,7 @@ class WeightSyncEngine(WeightTransferEngine[WeightSyncInitInfo, WeightSyncUpdate
                 pause=init_info.pause,
                 clear_cache=init_info.clear_cache,
                 timeout_s=init_info.timeout_s,
+                is_paused=is_paused,
             )
             self._follower.start()
 

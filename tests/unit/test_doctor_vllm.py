@@ -90,5 +90,5 @@ def test_a_server_without_the_routes_or_of_another_version(server: Server) -> No
 def test_nobody_there_and_no_url() -> None:
     (only,) = check_vllm("http://127.0.0.1:9")
     assert only.status == "missing"
-    with pytest.raises(ConfigError, match="write a URL"):
+    with pytest.raises(ConfigError, match="is no URL"):
         check_vllm("127.0.0.1:8000")

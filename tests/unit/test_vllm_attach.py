@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -102,11 +103,36 @@ def test_answers_become_typed_errors(
         attach([url(server)], job=job)
 
 
+def test_a_port_where_something_else_answers(job: Job) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+
+        def greet() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                connection.recv(1 << 16)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(PeerLostError, match="no HTTP answer"):
+            attach([f"http://127.0.0.1:{port}"], job=job)
+        thread.join()
+
+
+def test_no_proxy_is_asked(server: Server, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    attach([url(server)], job=job)
+    assert len(server.asked) == 1
+
+
 def test_bad_arguments(job: Job) -> None:
     with pytest.raises(ConfigError, match="'keep', 'wait' or 'abort'"):
         attach([], job=job, pause="never")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="no URL"):
-        attach(["localhost:8000"], job=job)
+    for wrong in ("localhost:8000", "http://", "http://h:80x", "http://[::1"):
+        with pytest.raises(ConfigError, match="no URL"):
+            attach([wrong], job=job)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in errors.__all__))

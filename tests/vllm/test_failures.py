@@ -99,7 +99,7 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     assert fleet.trainers[-1].process.wait(10.0) == -signal.SIGKILL
     assert [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS] == third
     assert api.weight_version() == "3"
-    assert api.call("/is_paused") == {"is_paused": False}
+    assert api.get("/is_paused") == {"is_paused": False}
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:

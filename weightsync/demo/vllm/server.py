@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 from weightsync.demo.vllm.settings import engine_environment
 from weightsync.demo.worker import Channel, Message
 from weightsync.errors import PeerLostError
+from weightsync.integrations.vllm.server import Server
 
 __all__ = ["Api", "run"]
 
@@ -24,46 +22,25 @@ _END_S: Final = 20.0
 _LOOK_S: Final = 0.25
 
 
-class Api:
-    """The routes of a vLLM server that the demo uses.
-
-    Args:
-        url: Its base URL.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def call(self, route: str, body: Any = None, *, timeout_s: float = 60.0) -> Any:
-        """GET without a body, POST with one; the reply's JSON, or None where it has none.
-
-        Raises:
-            OSError: No answer, or another status than 200.
-        """
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + route, data=data, headers={"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
-            content = reply.read()
-        return json.loads(content) if content else None
+class Api(Server):
+    """The routes of a vLLM server that the demo uses."""
 
     def generate(self, prompt: list[int], num_tokens: int, *, timeout_s: float = 60.0) -> list[int]:
         """Continue token ids greedily."""
         sampling = {"temperature": 0, "max_tokens": num_tokens, "ignore_eos": True}
         body = {"token_ids": prompt, "sampling_params": sampling, "stream": False}
-        reply = self.call("/inference/v1/generate", body, timeout_s=timeout_s)
+        reply = self.post("/inference/v1/generate", body, timeout_s=timeout_s)
         tokens: list[int] = reply["choices"][0]["token_ids"]
         return tokens
 
     def weight_version(self) -> str:
         """The version as vLLM itself shows it."""
-        return str(self.call("/weight_info")["weight_version"])
+        return str(self.get("/weight_info")["weight_version"])
 
     def is_up(self) -> bool:
         """Whether it answers at all."""
         try:
-            self.call("/health", timeout_s=2.0)
+            self.get("/health", timeout_s=2.0)
         except OSError:
             return False
         return True
