@@ -25,6 +25,8 @@ OnAbort = Literal["raise", "warn"]
 
 _log = logging.getLogger(__name__)
 
+_TIMEOUT_S: Final = 120.0
+
 # A version that failed, while the old one serves: the next may go through. Anything else (layouts,
 # plans, credentials) fails every time and is raised whatever `on_abort` says.
 _ABORTS: Final = (VersionAbortedError, SourceMutatedError, NoQuorumError, TransferTimeoutError)
@@ -39,7 +41,7 @@ class Publisher:
         every_steps: Publish after so many steps.
         until: What a publish waits for.
         on_abort: "raise" an aborted version's error, or "warn" (log it) and go on.
-        timeout_s: Deadline of one version.
+        timeout_s: Deadline of one version; None: that of a given `Source`, else 120.
         options: Further keywords of `Source`.
 
     Attributes:
@@ -58,7 +60,7 @@ class Publisher:
         every_steps: int,
         until: Stage,
         on_abort: OnAbort,
-        timeout_s: float,
+        timeout_s: float | None,
         **options: Any,
     ) -> None:
         check_options(every_steps, until, on_abort)
@@ -67,11 +69,12 @@ class Publisher:
         self._every_steps, self._until, self._on_abort = every_steps, until, on_abort
         self._timeout_s = timeout_s
         self._is_changed = False
+        self._tried: int | None = None  # step of the last publish
         self._is_mine = not isinstance(weights, Source)
         self.source = (
             weights
             if isinstance(weights, Source)
-            else Source(weights, job=job, timeout_s=timeout_s, **options)
+            else Source(weights, job=job, timeout_s=timeout_s or _TIMEOUT_S, **options)
         )
 
     def publish(self, step: int) -> None:
@@ -80,6 +83,7 @@ class Publisher:
         Raises:
             WeightSyncError: As `Source.publish`; what an abort raises only with on_abort="raise".
         """
+        self._tried = step
         try:
             self.report = self.source.publish(
                 tag=str(step), until=self._until, timeout_s=self._timeout_s
@@ -101,6 +105,16 @@ class Publisher:
         """
         self._is_changed = self._is_changed or is_changed
         if step % self._every_steps == 0 and self._is_changed:
+            self.publish(step)
+
+    def finish(self, step: int, *, is_changed: bool) -> None:
+        """Publish what training ends with, if that was not tried yet.
+
+        Args:
+            step: Optimizer steps of the whole training.
+            is_changed: Whether weights changed after the last step, as the best ones are loaded.
+        """
+        if is_changed or (self._is_changed and self._tried != step):
             self.publish(step)
 
     def close(self) -> None:

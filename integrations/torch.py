@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from weightsync.client import Job, Source, Stage, VersionReport
+from weightsync.errors import ConfigError
 from weightsync.integrations.publisher import OnAbort, Publisher
 
 __all__ = ["PublishHandle", "publish_after_step"]
@@ -33,7 +34,13 @@ class PublishHandle:
         self.step = 0
         self.source = publisher.source
         self._publisher = publisher
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        register = getattr(optimizer, "register_step_post_hook", None)
+        if register is None:
+            raise ConfigError(
+                f"{type(optimizer).__name__} is no torch.optim.Optimizer and has no hooks; call "
+                "Source.publish() after its step instead"
+            )
+        self._hook = register(self._after_step)
 
     @property
     def report(self) -> VersionReport | None:
@@ -51,6 +58,10 @@ class PublishHandle:
         self._publisher.close()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer is called for steps that a gradient scaler skips, and skips them itself.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
         self.step += 1
         self._publisher.after_step(self.step)
 
@@ -69,7 +80,7 @@ def publish_after_step(
     every_steps: int = 1,
     until: Stage = "committed",
     on_abort: OnAbort = "raise",
-    timeout_s: float = 120.0,
+    timeout_s: float | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     fabric: str = "local",
@@ -86,12 +97,13 @@ def publish_after_step(
         optimizer: Whose steps count; with several optimizers the one that steps last.
         source: The model (FSDP2, DDP or plain) or tensors by canonical name, of which a source is
             made; or a `Source` of your own, which stays open in the end.
-        job: Where to publish; None reads $WEIGHTSYNC_JOB.
+        job: Where to publish; None reads $WEIGHTSYNC_JOB. A `Source` of your own has these options
+            already: `job`, `rank`, `world_size`, `fabric`, `fabric_options` and `threads`.
         every_steps: Publish after so many steps; the tag of a version is the number of steps.
         until: As for `Source.publish`.
         on_abort: "raise" out of `optimizer.step()` when a version is aborted, or "warn" (log it)
             and go on with the old version serving.
-        timeout_s: Deadline of one version.
+        timeout_s: Deadline of one version; None: that of your `Source`, else 120.
         rank: None: torch.distributed if initialised, else $RANK, else this is the only rank.
         world_size: Likewise.
         fabric: As for `Source`, like the following.
@@ -102,8 +114,16 @@ def publish_after_step(
         Ends it with `remove()`, or as a context manager.
 
     Raises:
-        ConfigError, LayoutError, PeerLostError, AuthError: As `Source`.
+        ConfigError: An option makes no sense, or is one that a given `Source` has already.
+        LayoutError, PeerLostError, AuthError: As `Source`.
     """
+    if isinstance(source, Source):
+        options = {"job": job, "rank": rank, "world_size": world_size}
+        given = [name for name, value in options.items() if value is not None]
+        given += ["fabric"] * (fabric != "local") + ["fabric_options"] * bool(fabric_options)
+        given += ["threads"] * (threads != 1)
+        if given:
+            raise ConfigError(f"{', '.join(given)}: the given Source has its own; leave them out")
     if rank is None and world_size is None and not _is_distributed():
         rank, world_size = 0, 1
     publisher = Publisher(
@@ -131,9 +151,11 @@ def _is_distributed() -> bool:
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that really steps: wrappers such as Accelerate's run no hooks of their own."""
+    """The outermost optimizer that runs hooks: Accelerate's wrapper, for one, never does."""
     inner: Any = optimizer
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):
+    while "_optimizer_step_post_hooks" not in vars(inner):
+        if not isinstance(getattr(inner, "optimizer", None), Optimizer):
+            break
         inner = inner.optimizer
     made: Optimizer = inner
     return made

@@ -27,11 +27,12 @@ _WATCH_S: Final = 0.2
 
 
 class WeightSyncCallback(TrainerCallback):
-    """Publishes the model when training begins and after optimizer steps. On every rank.
+    """Publishes the model as training begins, after optimizer steps, and at the end. On every rank.
 
     Reads the sharded parameters where they lie (FSDP2, DDP or a plain module), whatever Accelerate
     wrapped around them; never a gathered state dict. The tag of a version is the global step.
-    A step that the gradient scaler skipped changes nothing and publishes nothing. Training waits
+    A step that the gradient scaler skipped changes nothing and publishes nothing (a fused optimizer
+    hides that it skipped: the same weights are published again). Training waits
     in the callback until the version is `until`.
 
     The source leaves the job in `on_train_end`; when training raises; with `close()`; or, used as a
@@ -152,8 +153,13 @@ class WeightSyncCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leave the job."""
-        self.close()
+        """Publish the last steps, or the best model if that was loaded, and leave the job."""
+        try:
+            if self._publisher is not None:
+                is_changed = args.load_best_model_at_end and state.best_model_checkpoint is not None
+                self._publisher.finish(state.global_step, is_changed=is_changed)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Leave the job; the engines go on serving the last version. Idempotent."""

@@ -23,7 +23,7 @@ from support.gloo import run_ranks
 from support.layout_oracle import TINY_QWEN3, build_model, checkpoint
 from weightsync.checkpoint import CheckpointSink
 from weightsync.client import Job, Source
-from weightsync.errors import NoQuorumError
+from weightsync.errors import ConfigError, NoQuorumError
 from weightsync.integrations.torch import publish_after_step
 
 
@@ -91,6 +91,57 @@ def test_every_so_many_steps_of_a_source_of_ones_own(job: Job) -> None:
         engine.check(whole(model))
 
 
+def test_options_that_a_source_of_ones_own_has_already(job: Job) -> None:
+    model = build_model(TINY_QWEN3)
+    optimizer = optimizer_of(model)
+    with Source(model, job=job, rank=0, world_size=1, timeout_s=0.2) as source:
+        with pytest.raises(ConfigError, match="job, rank, threads: the given Source has its own"):
+            publish_after_step(optimizer, source, job=job, rank=0, threads=2)
+        # Its deadline holds: nobody is there to take the version.
+        with publish_after_step(optimizer, source):
+            loss_of(model, 1).backward()
+            with pytest.raises(NoQuorumError):
+                optimizer.step()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """An optimizer around another that goes on changing weights after the inner step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        super().__init__(parameters, {})
+        self.slow = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step(closure)
+        for slow, parameter in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            slow.lerp_(parameter, 0.5)
+            parameter.copy_(slow)
+
+
+def test_an_optimizer_that_changes_weights_after_the_inner_step(job: Job) -> None:
+    model = build_model(TINY_QWEN3)
+    optimizer = Lookahead(optimizer_of(model))
+    with (
+        Engine(job, TINY_QWEN3) as engine,
+        publish_after_step(optimizer, model, job=job, until="adopted") as handle,
+    ):
+        loss_of(model, 1).backward()
+        optimizer.step()
+        assert handle.step == 1
+        engine.check(whole(model))
+
+
+def test_an_optimizer_without_hooks(job: Job) -> None:
+    class Bare:
+        """As of libraries that bring their own."""
+
+    with pytest.raises(ConfigError, match=r"Bare is no torch.optim.Optimizer"):
+        publish_after_step(Bare(), build_model(TINY_QWEN3), job=job)  # type: ignore[arg-type]
+
+
 def test_accumulated_gradients_and_accelerate(
     job: Job, accelerator: accelerate.Accelerator
 ) -> None:
@@ -109,9 +160,10 @@ def test_accumulated_gradients_and_accelerate(
         engine.check(whole(model))
 
 
-def test_a_step_that_a_scaler_skips_is_none(job: Job) -> None:
+@pytest.mark.parametrize("fused", [False, True])  # the scaler, or the kernel, skips the step
+def test_a_step_that_a_scaler_skips_is_none(job: Job, fused: bool) -> None:
     model = build_model(TINY_QWEN3)
-    optimizer = optimizer_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
     scaler = torch.amp.GradScaler("cpu")
     with (
         Engine(job, TINY_QWEN3) as engine,

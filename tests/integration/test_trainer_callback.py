@@ -59,7 +59,7 @@ def arguments(**options: Any) -> TrainingArguments:
         "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
         "ddp_find_unused_parameters": False, "train_sampling_strategy": "sequential",
     }  # fmt: skip
-    return TrainingArguments(output_dir=_FOLDER.name, **{**chosen, **options})
+    return TrainingArguments(**{"output_dir": _FOLDER.name, **chosen, **options})
 
 
 def gathered(model: nn.Module, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -89,6 +89,10 @@ class Check(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.look(state.global_step, kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.seen[-1][0] != state.global_step:
+            self.look(state.global_step, kwargs["model"])
 
     def look(self, step: int, model: nn.Module) -> None:
         report = self.callback.report
@@ -141,7 +145,7 @@ def job() -> Iterator[Job]:
     [
         (TINY_QWEN3, 2, False, 1, (0, 1, 2, 3, 4)),
         (TINY_QWEN3, 8, False, 2, (0, 2, 4)),
-        (TINY_QWEN3_MOE, 2, True, 3, (0, 3)),
+        (TINY_QWEN3_MOE, 2, True, 3, (0, 3, 4)),
     ],
 )
 def test_every_step_arrives(
@@ -157,6 +161,33 @@ def test_every_step_arrives(
         assert callback.source is None
         wait_until(lambda: job.status()["sources"] == [])
         wait_until(lambda: engine.versions == {len(published)})
+
+
+def test_the_best_model_is_what_training_ends_with(job: Job, tmp_path: Path) -> None:
+    """Trainer loads it after the last step."""
+    scores = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}  # by step; smaller is better
+
+    class Scored(Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            return {"eval_loss": scores[self.state.global_step]}
+
+    model = build_model(TINY_QWEN3)
+    with Engine(job, TINY_QWEN3) as engine:
+        callback = WeightSyncCallback(job=job)
+        options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+        trainer = Scored(
+            model,
+            arguments(
+                load_best_model_at_end=True, save_steps=1, **options, output_dir=str(tmp_path)
+            ),
+            train_dataset=Tokens(),
+            eval_dataset=Tokens(),
+            callbacks=[callback],
+        )
+        trainer.train()
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+        engine.check(gathered(model, TINY_QWEN3))
+        wait_until(lambda: engine.versions == {6})
 
 
 def test_the_same_callback_trains_again(job: Job) -> None:

@@ -37,7 +37,7 @@ def workers_of(server_pid: int) -> list[psutil.Process]:
 
 
 def test_what_may_go_wrong(fleet: Fleet) -> None:
-    """One fleet, three misfortunes: engines take long to start."""
+    """One fleet, four misfortunes: engines take long to start."""
     fleet.train()
     fleet.publish()
     first = fleet.generate(PROMPTS, NUM_TOKENS)
@@ -47,6 +47,24 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     # What an operator would ask: both can follow a job, and only this host can reach their routes.
     for api in fleet.apis.values():
         assert [check.status for check in check_vllm(api.url)] == ["ok", "ok"]
+
+    # An engine sleeps: it is left alone, and takes the version when it wakes up. (On a CPU vLLM
+    # moves no weights for that, but it takes no requests either.)
+    sleeper = fleet.apis[fleet.servers[1]]
+    sleeper.post("/sleep?level=1")
+    fleet.train()
+    for trainer in fleet.trainers:
+        trainer.send("publish", until="committed")
+    events = fleet.team.wait(fleet.trainers, ("published", "aborted"), timeout_s=60.0)
+    assert [event["event"] for event in events.values()] == ["published"] * 2, events
+    wait_until(lambda: fleet.apis[fleet.servers[0]].weight_version() == "2")
+    time.sleep(1.5)
+    assert (sleeper.weight_version(), sleeper.get("/is_paused")["is_paused"]) == ("1", True)
+    sleeper.post("/wake_up")
+    wait_until(lambda: sleeper.weight_version() == "2")
+    first = fleet.generate(PROMPTS, NUM_TOKENS)
+    best, _ = fleet.judge(PROMPTS, first)
+    assert first == best
 
     # A trainer is frozen in the middle of a transfer: both engines go on with the old version.
     fleet.train()
@@ -59,7 +77,7 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     for _ in range(3):
         assert fleet.generate(PROMPTS, NUM_TOKENS) == first
     assert fleet.job.status()["phase"] == "writing"
-    assert {api.weight_version() for api in fleet.apis.values()} == {"1"}
+    assert {api.weight_version() for api in fleet.apis.values()} == {"2"}
     os.kill(process.pid, signal.SIGCONT)
     events = fleet.team.wait(fleet.trainers, ("published", "aborted"), timeout_s=60.0)
     assert [event["event"] for event in events.values()] == ["published"] * 2, events
@@ -98,7 +116,7 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     assert "source 1" in event["message"]
     assert fleet.trainers[-1].process.wait(10.0) == -signal.SIGKILL
     assert [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS] == third
-    assert api.weight_version() == "3"
+    assert api.weight_version() == "4"
     assert api.get("/is_paused") == {"is_paused": False}
 
 
