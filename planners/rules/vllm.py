@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsync.ir.dtypes import Dtype
@@ -73,7 +73,7 @@ class VllmLayout(RuleLayout):
             if is_gpt_oss:
                 yield from gpt_oss_mlp(checkpoint, prefix, degrees, place, self.mxfp4_padding)
             elif config.is_sparse(layer):
-                yield from sparse_mlp(checkpoint, prefix, degrees, place)
+                yield from sparse_mlp(checkpoint, layer, degrees, place)
             else:
                 yield from mlp(checkpoint, prefix + "mlp.", config.intermediate_size, tp, tp_rank)
             yield checkpoint.whole(prefix + "input_layernorm.weight")
@@ -109,6 +109,7 @@ def vllm(
     quantized: bool | None = None,
     expert_placement: str = "linear",
     num_redundant_experts: int = 0,
+    expert_map: Sequence[Sequence[int]] | None = None,
     all2all_backend: str = "allgather_reducescatter",
     mxfp4_padding: tuple[int, int] = (128, 256),
 ) -> VllmLayout:
@@ -133,8 +134,9 @@ def vllm(
         expert_placement: `linear` or `round_robin` (`--expert-placement-strategy`). As in vLLM the
             latter falls back to the former without groups of experts, with redundant experts, and
             with dp over backends that cannot route so.
-        num_redundant_experts: Copies of experts for balance; needs `ep`. The placement is the one
-            that vLLM starts with.
+        num_redundant_experts: Copies of experts for balance; needs `ep`.
+        expert_map: Where vLLM's balancer (EPLB) has moved experts: its `physical_to_logical_map`,
+            `[sparse layers, slots of all ranks]`. None: the placement that vLLM starts with.
         all2all_backend: `--all2all-backend`; some make shared experts whole on every rank when
             `ep`, `dp` and `tp` are used together.
         mxfp4_padding: Multiples that vLLM pads a rank's width of an expert and the hidden size to
@@ -159,6 +161,7 @@ def vllm(
             expert_placement,
             num_redundant_experts,
             all2all_backend,
+            tuple(tuple(int(expert) for expert in row) for row in expert_map or ()),
         ),
         ep,
     )

@@ -174,6 +174,13 @@ def test_buffers_have_the_dtype_asked_for(dtype: str) -> None:
         (TINY_QWEN3_MOE, {"all2all_backend": "carrier_pigeon"}, "is none of allgather"),
         (TINY_QWEN3_MOE, {"num_redundant_experts": 2}, "needs ep and more than one rank"),
         (TINY_QWEN3_MOE, {"num_redundant_experts": -1}, "must be an integer from 0 on"),
+        (TINY_QWEN3_MOE, {"expert_map": [range(8)]}, "expert_map: needs ep"),
+        (TINY_QWEN3_MOE, {"expert_map": [range(8)] * 9, "tp": 2, "ep": True}, "9 rows for"),
+        (
+            TINY_QWEN3_MOE,
+            {"expert_map": [[0] * 6], "tp": 2, "ep": True},
+            "row 0 does not place all 6 experts in 6 slots",
+        ),
         (TINY_QWEN3_MOE, {"dp": 8, "ep": True}, "8 ranks are more than the 6 experts"),
         (TINY_QWEN3_MOE, {"tp": 2, "dp": 5}, "over 5 data-parallel ranks"),
         (TINY_QWEN3_MOE, {"pp": 2}, "stage 1 has no sparse layer"),

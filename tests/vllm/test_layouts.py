@@ -10,12 +10,15 @@ import dataclasses
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from support import IS_LONG
+from support.gloo import run_ranks
 from support.vllm_cells import CELLS, Cell
 from support.vllm_matrix import (
     Sources,
@@ -154,6 +157,71 @@ def test_redundant_experts_lie_as_vllm_places_them(
         assert layout.degrees.experts(layout.config, rank) == expected
         shapes = {parameter.name: parameter.shape for parameter in layout.parameters(rank)}
         assert shapes["model.layers.1.mlp.experts.routed_experts.w13_weight"][0] == count
+
+
+EPLB_RANKS = 4 if IS_LONG else 2
+EPLB_EXPERTS, EPLB_REDUNDANT, EPLB_LAYERS = 16, 8, 3
+
+
+def eplb_maps() -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's first placement, and the one that its own policy finds for an uneven load."""
+    from vllm.distributed.eplb.eplb_state import EplbState
+    from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
+
+    first = EplbState.build_initial_global_physical_to_logical_map(EPLB_EXPERTS, EPLB_REDUNDANT)
+    load = torch.rand(EPLB_LAYERS, EPLB_EXPERTS, generator=torch.Generator().manual_seed(5)) ** 4
+    moved = DefaultEplbPolicy.rebalance_experts(
+        load, EPLB_EXPERTS + EPLB_REDUNDANT, 1, 1, EPLB_RANKS
+    )
+    return torch.tensor([first] * EPLB_LAYERS), moved.cpu()
+
+
+def check_eplb_rank(rank: int) -> None:
+    """vLLM itself moves experts between ranks; afterwards they lie as a new layout says."""
+    from vllm.distributed.eplb.eplb_communicator import TorchDistGlooStagedEplbCommunicator
+    from vllm.distributed.eplb.rebalance_execute import rearrange_expert_weights_inplace
+
+    [cell] = [cell for cell in CELLS if cell.name == "deepseek tp8 ep"]
+    config = {
+        **cell.config, "n_routed_experts": EPLB_EXPERTS,
+        "num_hidden_layers": EPLB_LAYERS + 1, "first_k_dense_replace": 1,
+    }  # fmt: skip
+    first, moved = eplb_maps()
+    assert not torch.equal(first, moved)
+
+    def held(expert_map: torch.Tensor | None) -> list[torch.Tensor]:
+        """The checkpoint's number of every expert held here, by layer, as the rule says."""
+        layout = rules.vllm(
+            config, tp=EPLB_RANKS, ep=True, num_redundant_experts=EPLB_REDUNDANT,
+            expert_map=expert_map.tolist() if expert_map is not None else None,
+        )  # fmt: skip
+        found: dict[int, torch.Tensor] = {}
+        for parameter in layout.parameters(rank):
+            if parameter.name.endswith("routed_experts.w2_weight"):
+                layer = int(parameter.name.split(".")[2])
+                names = [part.tensor.split(".") for part in parameter.parts]
+                assert [name[2] for name in names] == [str(layer)] * len(names)
+                experts = [float(name[5]) for name in names]
+                found[layer] = torch.tensor(experts)[:, None] + 100 * layer
+        return [found[layer] for layer in sorted(found)]
+
+    weights = held(None)
+    assert [len(layer) for layer in weights] == [24 // EPLB_RANKS] * EPLB_LAYERS
+    group = torch.distributed.new_group(backend="gloo")
+    torch.accelerator.current_stream = mock.Mock()  # CPUs have no streams to wait for
+    rearrange_expert_weights_inplace(
+        first,
+        moved,
+        [[layer] for layer in weights],
+        [torch.empty_like(weights[0])],
+        group,
+        TorchDistGlooStagedEplbCommunicator(group),
+    )
+    assert [t.tolist() for t in weights] == [t.tolist() for t in held(moved)]
+
+
+def test_experts_that_vllm_moved_lie_as_its_map_says(tmp_path: Path) -> None:
+    run_ranks(check_eplb_rank, EPLB_RANKS, tmp_path)
 
 
 def test_a_planted_mistake_is_noticed() -> None:

@@ -75,7 +75,28 @@ def checked_degrees(model: ModelConfig, degrees: Degrees, ep: bool | int) -> Deg
             f"vllm: {degree} ranks are more than the {model.num_experts + redundant} experts",
             key="ep",
         )
+    _check_expert_map(model, degrees, degree)
     return replace(degrees, is_ep=degree > 1)
+
+
+def _check_expert_map(model: ModelConfig, degrees: Degrees, degree: int) -> None:
+    num_slots, rows = model.num_experts + degrees.num_redundant, degrees.expert_map
+    problem = None
+    if rows and degree == 1:
+        problem = "needs ep and more than one rank: vLLM moves whole experts only"
+    elif rows and model.model_type == "gpt_oss":
+        problem = "vLLM's gpt_oss knows no balancer"
+    elif rows and num_slots % degree:
+        problem = f"{degree} ranks do not divide its {num_slots} slots, as vLLM's balancer needs"
+    elif rows and len(rows) != len(model.sparse_layers):
+        problem = f"{len(rows)} rows for {len(model.sparse_layers)} layers with experts"
+    for number, row in enumerate(rows if problem is None else ()):
+        if len(row) != num_slots or set(row) != set(range(model.num_experts)):
+            problem = (
+                f"row {number} does not place all {model.num_experts} experts in {num_slots} slots"
+            )
+    if problem is not None:
+        raise ConfigError(f"vllm: expert_map: {problem}", key="expert_map")
 
 
 def check_model(

@@ -42,6 +42,8 @@ class Degrees:
         placement: `linear` or `round_robin`, as asked for.
         num_redundant: Copies of experts beyond the first, for balance.
         all2all: Name of the all-to-all backend.
+        expert_map: The logical expert in each physical slot of all ranks, for every sparse layer
+            from the first on, once the balancer has moved them; empty: where vLLM starts.
     """
 
     tp: int = 1
@@ -51,6 +53,7 @@ class Degrees:
     placement: str = "linear"
     num_redundant: int = 0
     all2all: str = "allgather_reducescatter"
+    expert_map: tuple[tuple[int, ...], ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -88,6 +91,7 @@ class Degrees:
             is_first=pp_rank == 0,
             is_last=pp_rank == self.pp - 1,
             experts=self.experts(config, moe_rank),
+            moved=tuple(self.experts(config, moe_rank, row) for row in self.expert_map),
         )
 
     def _layers(self, num_layers: int, pp_rank: int) -> range:
@@ -99,16 +103,18 @@ class Degrees:
         start = sum(sizes[:pp_rank])
         return range(start, start + sizes[pp_rank])
 
-    def experts(self, config: ModelConfig, moe_rank: int) -> tuple[int, ...]:
+    def experts(
+        self, config: ModelConfig, moe_rank: int, row: tuple[int, ...] = ()
+    ) -> tuple[int, ...]:
         """Lists the experts that one of `moe_ranks` holds.
 
         Args:
             config: The model.
             moe_rank: Number of the rank among those that share experts.
+            row: Of `expert_map`; empty: vLLM's initial placement.
 
         Returns:
-            The logical expert in each slot. With redundant experts it is vLLM's initial placement,
-            which its balancer may change later.
+            The logical expert in each slot.
         """
         if not self.is_ep:
             return tuple(range(config.num_experts))
@@ -121,7 +127,7 @@ class Degrees:
             first = moe_rank * base + min(moe_rank, rest)
             physical = range(first, first + count)
         # Physical experts are the logical ones, then the redundant ones, from expert 0 on.
-        return tuple(slot % config.num_experts for slot in physical)
+        return tuple(row[slot] if row else slot % config.num_experts for slot in physical)
 
     def _is_round_robin(self, config: ModelConfig) -> bool:
         """Whether vLLM heeds a round-robin placement; else it falls back to the linear one."""
@@ -140,7 +146,9 @@ class Place:
         layers: Its decoder layers.
         is_first: Whether it holds the embedding.
         is_last: Whether it holds the last norm and the head.
-        experts: The expert in each of its slots.
+        experts: The expert in each of its slots, where vLLM starts.
+        moved: The same of every sparse layer from the first on, after the balancer moved them;
+            empty if it did not.
     """
 
     tp_rank: int
@@ -149,3 +157,8 @@ class Place:
     is_first: bool
     is_last: bool
     experts: tuple[int, ...]
+    moved: tuple[tuple[int, ...], ...] = ()
+
+    def experts_of(self, sparse_layer: int) -> tuple[int, ...]:
+        """The expert in each slot of a layer; layers with experts are counted from 0."""
+        return self.moved[sparse_layer] if self.moved else self.experts

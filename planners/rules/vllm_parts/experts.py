@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from weightsync.errors import ConfigError
 from weightsync.ir.dtypes import Dtype
@@ -49,13 +49,13 @@ def mlp(
 
 
 def sparse_mlp(
-    checkpoint: Checkpoint, layer: str, degrees: Degrees, place: Place
+    checkpoint: Checkpoint, layer: int, degrees: Degrees, place: Place
 ) -> Iterator[Parameter]:
     """Router, shared experts and routed experts of a layer; of all families but gpt-oss.
 
     Args:
         checkpoint: The canonical tensors.
-        layer: `model.layers.N.`
+        layer: Its number.
         degrees: How the replica is cut.
         place: This rank's.
 
@@ -65,7 +65,7 @@ def sparse_mlp(
     Raises:
         ConfigError: vLLM cannot cut the scales of the experts.
     """
-    config, prefix = checkpoint.config, layer + "mlp."
+    config, prefix = checkpoint.config, f"model.layers.{layer}.mlp."
     # vLLM keeps the router of GLM in F32; its checkpoints and trainers do not.
     router = Dtype.F32 if config.model_type == "glm4_moe" else None
     yield checkpoint.whole(prefix + "gate.weight", dtype=router)
@@ -77,22 +77,23 @@ def sparse_mlp(
         tp, tp_rank = (1, 0) if is_whole else (degrees.tp, place.tp_rank)
         width = config.moe_intermediate_size * config.num_shared_experts
         yield from mlp(checkpoint, prefix + "shared_experts.", width, tp, tp_rank)
-    yield from _experts(checkpoint, prefix + "experts.", degrees, place)
+    held = place.experts_of(sum(sparse < layer for sparse in config.sparse_layers))
+    yield from _experts(checkpoint, prefix + "experts.", degrees, place.moe_rank, held)
 
 
 def _experts(
-    checkpoint: Checkpoint, prefix: str, degrees: Degrees, place: Place
+    checkpoint: Checkpoint, prefix: str, degrees: Degrees, moe_rank: int, experts: Sequence[int]
 ) -> Iterator[Parameter]:
     """Experts stacked: `w13_weight` [E, 2I, H], gate above up, and `w2_weight` [E, H, I]."""
     config = checkpoint.config
     hidden, width = config.hidden_size, config.moe_intermediate_size
     share = width if degrees.is_ep else width // degrees.moe_ranks
-    start = 0 if degrees.is_ep else place.moe_rank * share
-    num_slots = len(place.experts)
+    start = 0 if degrees.is_ep else moe_rank * share
+    num_slots = len(experts)
     tall, wide = (width, hidden), (hidden, width)
     w13: list[Part] = []
     w2: list[Part] = []
-    for slot, expert in enumerate(place.experts):
+    for slot, expert in enumerate(experts):
         name = f"{prefix}{expert}."
         w13.append(rows(name + "gate_proj.weight", tall, start, share, (slot, 0, 0)))
         w13.append(rows(name + "up_proj.weight", tall, start, share, (slot, share, 0)))
@@ -102,7 +103,7 @@ def _experts(
     dtype = checkpoint.dtypes.get(first + "gate_proj.weight")
     yield Parameter(routed + "w13_weight", (num_slots, 2 * share, hidden), tuple(w13), dtype=dtype)
     yield Parameter(routed + "w2_weight", (num_slots, hidden, share), tuple(w2), dtype=dtype)
-    held = [f"{prefix}{e}.{w}_proj" for e in place.experts for w in ("gate", "up", "down")]
+    held = [f"{prefix}{e}.{w}_proj" for e in experts for w in ("gate", "up", "down")]
     if not checkpoint.is_block_scaled(routed + "w13_weight", held):
         return
     # One grid for all scales: that of the checkpoint, or a finer one that the shards fit.
@@ -111,7 +112,7 @@ def _experts(
     grid = (-(-hidden // block[0]), -(-hidden // block[1]))
     finer = (checkpoint.block[0] // block[0], checkpoint.block[1] // block[1])
     w13, w2 = [], []
-    for slot, expert in enumerate(place.experts):
+    for slot, expert in enumerate(experts):
         name = f"{prefix}{expert}."
         for half, which in enumerate(("gate_proj", "up_proj")):
             tensor, at = name + which + SCALE, (slot, half * high, 0)
