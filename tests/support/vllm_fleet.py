@@ -152,11 +152,11 @@ class Fleet:
 
     def judge(
         self, prompts: list[list[int]], tokens: list[list[int]]
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """What transformers says on the weights of trainer 0's last step."""
+    ) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
+        """What transformers says on the weights of the last step; see `judge_tokens`."""
         self.trainers[0].send("judge", prompts=prompts, tokens=tokens)
         event = self._checked([self.trainers[0]], "judged")[self.trainers[0]]
-        return event["best"], event["lead"]
+        return event["best"], event["lead"], event["sure"]
 
     def _checked(self, workers: list[Worker], kind: str) -> dict[Worker, Message]:
         events = self.team.wait(workers, (kind, "aborted", "refused"), timeout_s=_STEP_S)

@@ -41,7 +41,7 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     fleet.train()
     fleet.publish()
     first = fleet.generate(PROMPTS, NUM_TOKENS)
-    best, _ = fleet.judge(PROMPTS, first)
+    best, *_ = fleet.judge(PROMPTS, first)
     assert first == best
 
     # What an operator would ask: both can follow a job, and only this host can reach their routes.
@@ -63,7 +63,7 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     sleeper.post("/wake_up")
     wait_until(lambda: sleeper.weight_version() == "2")
     first = fleet.generate(PROMPTS, NUM_TOKENS)
-    best, _ = fleet.judge(PROMPTS, first)
+    best, *_ = fleet.judge(PROMPTS, first)
     assert first == best
 
     # A trainer is frozen in the middle of a transfer: both engines go on with the old version.
@@ -82,7 +82,7 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     events = fleet.team.wait(fleet.trainers, ("published", "aborted"), timeout_s=60.0)
     assert [event["event"] for event in events.values()] == ["published"] * 2, events
     second = fleet.generate(PROMPTS, NUM_TOKENS)
-    best, _ = fleet.judge(PROMPTS, second)
+    best, *_ = fleet.judge(PROMPTS, second)
     assert second == best
     assert second != first
 
@@ -100,7 +100,7 @@ def test_what_may_go_wrong(fleet: Fleet) -> None:
     assert refuses(fleet.apis[a])
     api = fleet.apis[b]
     third = [api.generate(prompt, NUM_TOKENS) for prompt in PROMPTS]
-    best, _ = fleet.judge(PROMPTS, third)
+    best, *_ = fleet.judge(PROMPTS, third)
     assert third == best
     assert third != second
 

@@ -17,8 +17,9 @@ from support.vllm_fleet import Fleet, is_long
 STEPS = 5
 PROMPTS = [[3, 14, 15, 92, 65], [84, 104, 101, 32], list(range(40, 72))]
 NUM_TOKENS = 24
-# In bf16 both sides round, each in its own order: where the probabilities of the two best tokens
-# are closer than this nobody can say who is right.
+# In bf16 both sides round, each in its own order. Where the probabilities of the two best tokens
+# are closer than this nobody can say who is right; nor where one unit in the last place of their
+# logits, which is 2^-6 for logits from 2 on, turns them round. The second kind is counted.
 MARGIN = 1e-3
 
 CELLS = [
@@ -55,6 +56,7 @@ def fleet(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
 def test_tokens_are_those_of_transformers(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
     before: list[list[int]] | None = None
     margins: list[float] = []
+    num_turned = 0
     for step in range(1, STEPS + 1):
         fleet.train()
         report = fleet.publish()
@@ -62,24 +64,27 @@ def test_tokens_are_those_of_transformers(fleet: Fleet, capsys: pytest.CaptureFi
         assert fleet.shown_version() == str(step)
         tokens = fleet.generate(PROMPTS, NUM_TOKENS)
         assert [len(made) for made in tokens] == [NUM_TOKENS] * len(PROMPTS)
-        best, lead = fleet.judge(PROMPTS, tokens)
+        best, lead, sure = fleet.judge(PROMPTS, tokens)
         margins += [value for row in lead for value in row]
         differs = [
-            (made, said, sure)
-            for made_row, said_row, sure_row in zip(tokens, best, lead, strict=True)
-            for made, said, sure in zip(made_row, said_row, sure_row, strict=True)
-            if made != said
+            entry
+            for rows in zip(tokens, best, lead, sure, strict=True)
+            for entry in zip(*rows, strict=True)
+            if entry[0] != entry[1]
         ]
         if fleet.dtype == "float32":
             assert differs == []
-        assert [entry for entry in differs if entry[2] > MARGIN] == []
+        assert [entry for entry in differs if min(entry[2:]) > MARGIN] == []
+        num_turned += sum(entry[2] > MARGIN for entry in differs)
         assert tokens != before, "the step was too small to see anything"
         before = tokens
         stages = report["stages_s"]
         # Told apart: bytes arriving while it serves, checking them, and the pause.
         assert 0 < stages["sink_verify"] <= stages["sink_fill"]
         assert stages["sink_pause"] > 0
-    sure = sum(margin > MARGIN for margin in margins)
+    assert num_turned <= len(margins) // 100  # wrong weights would turn far more
+    wide = sum(margin > MARGIN for margin in margins)
     with capsys.disabled():
-        text = f"least margin {min(margins):.4g}; {sure} of {len(margins)} above {MARGIN}"
+        text = f"least margin {min(margins):.4g}; {wide} of {len(margins)} above {MARGIN}"
+        text += f", {num_turned} of these turned round by one ulp"
         print(f" {text}", end=" ")  # noqa: T201 - the reader wants to see how sure it was

@@ -44,23 +44,30 @@ class _Trainer(FsdpTrainer):
 
     def judge_tokens(
         self, prompts: list[list[int]], tokens: list[list[int]]
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    ) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
         """What transformers would have said after each prefix, and by how much it was sure.
 
         Returns:
-            The most likely token at every place, and the lead of its probability over the second.
+            The most likely token at every place; the lead of its probability over the second; and
+            what becomes of that lead if both logits are wrong by one unit in the last place of the
+            judge's dtype: by as much differ two right engines that round in another order.
         """
         assert self.judge is not None
         best: list[list[int]] = []
         lead: list[list[float]] = []
+        sure: list[list[float]] = []
         for prompt, made in zip(prompts, tokens, strict=True):
             ids = torch.tensor([prompt + made])
             with torch.no_grad():
                 logits = self.judge(input_ids=ids, use_cache=False).logits[0].float()
-            top = logits[len(prompt) - 1 : -1].softmax(dim=-1).topk(2, dim=-1)
+            top = logits[len(prompt) - 1 : -1].topk(2, dim=-1)
+            ulp = 2.0 ** top.values.abs().log2().floor() * torch.finfo(self.judge.dtype).eps
+            chance = logits[len(prompt) - 1 : -1].softmax(dim=-1).gather(1, top.indices)
             best.append(top.indices[:, 0].tolist())
-            lead.append((top.values[:, 0] - top.values[:, 1]).tolist())
-        return best, lead
+            lead.append((chance[:, 0] - chance[:, 1]).tolist())
+            worst = chance * torch.exp(ulp * torch.tensor([-1.0, 1.0]))
+            sure.append((worst[:, 0] - worst[:, 1]).tolist())
+        return best, lead, sure
 
 
 def run(channel: Channel, options: Message, commands: Iterator[Message]) -> None:
@@ -88,8 +95,8 @@ def run(channel: Channel, options: Message, commands: Iterator[Message]) -> None
                 failpoints.arm(command["failpoint"])
             _publish(channel, source, command)
         elif command["do"] == "judge":
-            best, lead = trainer.judge_tokens(command["prompts"], command["tokens"])
-            channel.send(event="judged", best=best, lead=lead)
+            best, lead, sure = trainer.judge_tokens(command["prompts"], command["tokens"])
+            channel.send(event="judged", best=best, lead=lead, sure=sure)
     if source is not None:
         source.close()
     with contextlib.suppress(RuntimeError):  # a peer may have been killed
