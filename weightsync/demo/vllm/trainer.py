@@ -33,6 +33,7 @@ class _Trainer(FsdpTrainer):
         super().__init__(options, config, lr=lr, length=_LENGTH, is_random=is_random)
         dtype = getattr(torch, options["dtype"])
         self.judge = build_model(config, dtype).eval() if self.rank == 0 else None
+        self._eps = torch.finfo(dtype).eps
 
     def remember(self) -> None:
         """Gather the weights for the judge: weightsync itself never does this."""
@@ -61,7 +62,7 @@ class _Trainer(FsdpTrainer):
             with torch.no_grad():
                 logits = self.judge(input_ids=ids, use_cache=False).logits[0].float()
             top = logits[len(prompt) - 1 : -1].topk(2, dim=-1)
-            ulp = 2.0 ** top.values.abs().log2().floor() * torch.finfo(self.judge.dtype).eps
+            ulp = 2.0 ** top.values.abs().log2().floor() * self._eps
             chance = logits[len(prompt) - 1 : -1].softmax(dim=-1).gather(1, top.indices)
             best.append(top.indices[:, 0].tolist())
             lead.append((chance[:, 0] - chance[:, 1]).tolist())
