@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -39,6 +40,8 @@ def attach(
     timeout_s: float = 120.0,
 ) -> Job:
     """Let vLLM engines follow a job. Call once, in any process; blocks until all have joined.
+
+    Servers are asked at the same time. If one refuses, others may have joined all the same.
 
     Each engine becomes a replica of its own. From then on engines behind a URL adopt every version
     by themselves: one of their workers pauses generation, has all ranks adopt it, and resumes.
@@ -82,10 +85,13 @@ def attach(
         "timeout_s": timeout_s,
     }
     try:
+        servers = [Server(engine) for engine in engines if isinstance(engine, str)]
+        with ThreadPoolExecutor(max(1, len(servers))) as pool:
+            asked = [pool.submit(_attach_server, server, info) for server in servers]
+        for answer in asked:
+            answer.result()
         for engine in engines:
-            if isinstance(engine, str):
-                _attach_server(Server(engine), info)
-            else:
+            if not isinstance(engine, str):
                 _attach_object(engine, info)
     except BaseException:
         if started is not None:

@@ -74,7 +74,8 @@ class Server:
             with _opener.open(request, timeout=timeout_s) as reply:
                 content = reply.read(_MAX_REPLY)
         except urllib.error.HTTPError as error:
-            text = error.read(1 << 16).decode(errors="replace")
+            with error:
+                text = error.read(1 << 16).decode(errors="replace")
             raise StatusError(self.url + route, error.code, text) from error
         except http.client.HTTPException as error:
             raise ConnectionError(f"{self.url}{route}: no HTTP answer: {error!r}") from error

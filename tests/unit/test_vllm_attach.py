@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,6 +20,7 @@ from weightsync.integrations.vllm.wire import decoded, encodes_errors
 class Server(ThreadingHTTPServer):
     answer: tuple[int, str] = (200, "{}")
     asked: list[tuple[str, Any]]
+    before: Callable[[], object] = staticmethod(lambda: None)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -27,6 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         assert isinstance(self.server, Server)
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append((self.path, json.loads(body)))
+        self.server.before()
         status, text = self.server.answer
         self.send_response(status)
         self.end_headers()
@@ -118,6 +120,14 @@ def test_a_port_where_something_else_answers(job: Job) -> None:
         with pytest.raises(PeerLostError, match="no HTTP answer"):
             attach([f"http://127.0.0.1:{port}"], job=job)
         thread.join()
+
+
+def test_servers_are_asked_at_the_same_time(server: Server, job: Job) -> None:
+    """Each joins only when the other does, as replicas of a job with min_replicas=2 may."""
+    both = threading.Barrier(2, timeout=10)
+    server.before = both.wait
+    attach([url(server), url(server).replace("127.0.0.1", "localhost")], job=job)
+    assert len(server.asked) == 2
 
 
 def test_no_proxy_is_asked(server: Server, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
