@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -341,6 +342,46 @@ def test_nothing_is_written_if_it_is_interrupted(
         sink.write()
 
     export_fails(job, tmp_path, during, KeyboardInterrupt)  # type: ignore[arg-type]
+
+
+def test_no_rank_reports_success_if_rank_0_cannot_give_the_name(
+    job: Job, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _, named = stored_model(tmp_path / "old", TINY_QWEN3)
+    sinks = [
+        CheckpointSink(
+            out, job=job, like=tmp_path / "old", rank=rank, world_size=2, timeout_s=TIMEOUT_S
+        )
+        for rank in range(2)
+    ]
+    writing = [pool.submit(sink.write) for sink in sinks]
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with Source(named, job=job, rank=0, world_size=1) as source:
+        source.publish()
+    first, second = (future.exception(TIMEOUT_S) for future in writing)
+    assert isinstance(first, errors.ConfigError)
+    assert "is there already" in str(first)
+    assert isinstance(second, errors.CheckpointError)
+    assert second.rank == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "out"]
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_what_was_exported_can_be_replaced_with_all_its_copies(job: Job, tmp_path: Path) -> None:
+    old, out = tmp_path / "old", tmp_path / "out"
+    stored_model(old, TINY_QWEN3)
+    (old / "modeling_own.py").write_text("")
+    shutil.copytree(old, out)
+    CheckpointSink(out, job=job, like=old, overwrite=True).close()
+    (out / "optimizer.pt").write_bytes(b"x")
+    with pytest.raises(errors.ConfigError, match=r"'optimizer\.pt' in it"):
+        CheckpointSink(out, job=job, like=old, overwrite=True)
+    (out / "optimizer.pt").unlink()
+    (old / "modeling_own.py").unlink()
+    with pytest.raises(errors.ConfigError, match=r"'modeling_own\.py' in it"):
+        CheckpointSink(out, job=job, like=old, overwrite=True)
 
 
 def test_a_full_disk_is_an_error_and_no_signal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from support.layout_oracle import TINY_MODELS, TINY_QWEN3, build_model, checkpoint
-from weightsync.checkpoint.files import INDEX_NAME, read_checkpoint
-from weightsync.checkpoint.folder import PartialFolder
+from weightsync.checkpoint.files import read_checkpoint
 from weightsync.checkpoint.header import StoredTensor
-from weightsync.checkpoint.model import Entry, ModelFiles
+from weightsync.checkpoint.model import ModelFiles
+from weightsync.checkpoint.side import INDEX_NAME
 from weightsync.checkpoint.source import ReadersLayout
 from weightsync.errors import CheckpointError, ConfigError
 from weightsync.ir.dtypes import Dtype
@@ -213,69 +214,80 @@ def test_a_new_checkpoint_needs_one_description() -> None:
             ModelFiles.of(config, like, None, 1, 1 << 30)
 
 
-def test_only_a_checkpoint_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "out"
-    with pytest.raises(ConfigError, match="there is no folder"):
-        PartialFolder(path / "deeper", 0, 1, overwrite=False)
-    path.mkdir()
-    PartialFolder(path, 0, 1, overwrite=False).discard()  # an empty folder may be taken
-    (path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="is there already"):
-        PartialFolder(path, 0, 1, overwrite=False)
-    with pytest.raises(ConfigError, match="is no checkpoint"):
-        PartialFolder(path, 0, 1, overwrite=True)
-    (path / "model.safetensors").write_bytes(b"")
-    (path / "runs").mkdir()
-    with pytest.raises(ConfigError, match="is no checkpoint"):
-        PartialFolder(path, 0, 1, overwrite=True)
-    (path / "runs").rmdir()
-    PartialFolder(path, 0, 1, overwrite=True).discard()
-    (tmp_path / "link").symlink_to(path)
-    with pytest.raises(ConfigError, match="no folder"):
-        PartialFolder(tmp_path / "link", 0, 1, overwrite=True)
-    assert sorted(child.name for child in tmp_path.iterdir()) == ["link", "out"]
+@pytest.mark.parametrize(
+    "file", ["x" * 300, "\u00e9" * 200, "\ud800.safetensors", "a\0b", "a\nb"], ids=ascii
+)
+def test_names_that_no_file_has_are_refused_and_can_be_printed(tmp_path: Path, file: str) -> None:
+    write_index(tmp_path, {"a": file})
+    with pytest.raises(CheckpointError, match=r"tensor a lies in .*, which is no name") as caught:
+        read_checkpoint(tmp_path)
+    assert len(str(caught.value).encode()) < 500
+    write_index(tmp_path, {"a": "b", file: 1})
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path)
+    assert str(caught.value).encode()
 
 
-def test_two_at_once_are_refused_and_leftovers_removed(tmp_path: Path) -> None:
-    path = tmp_path / "out"
-    first = PartialFolder(path, 0, 1, overwrite=False)
-    with pytest.raises(ConfigError, match="another export"):
-        PartialFolder(path, 0, 1, overwrite=False)
-    (first.own / "model.safetensors").write_bytes(b"half")
-    second = PartialFolder(path, 1, 2, overwrite=False)
-    first.discard()
-    assert second.own.is_dir()
-    second.discard()
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.partial" / "rank-0").mkdir(parents=True)
-    (tmp_path / ".out.partial" / "rank-0" / "done.json").write_text("{}")  # of a killed process
-    third = PartialFolder(path, 0, 1, overwrite=False)
-    assert [child.name for child in third.own.iterdir()] == ["side"]
-    third.discard()
-    assert list(tmp_path.iterdir()) == []
+def test_folders_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    refused(tmp_path / ("x" * 300), "File name too long")
+    (tmp_path / INDEX_NAME).symlink_to("x" * 300)
+    refused(tmp_path, "File name too long")
+    (tmp_path / INDEX_NAME).unlink()
+    write_index(tmp_path, {"a": "a.safetensors"})
+    (tmp_path / "a.safetensors").symlink_to("x" * 300)
+    refused(tmp_path, "File name too long", tensor=None)
 
 
-def test_the_old_checkpoint_stays_until_the_new_one_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, expected = tmp_path / "out", {"a": Entry("a", Dtype.F32, (3,))}
-    path.mkdir()
-    save_file({"a": torch.zeros(3)}, path / "model.safetensors")
-    for can_exchange in (True, False):
-        if not can_exchange:
-            monkeypatch.setattr("weightsync.checkpoint.folder._exchange", lambda *_: False)
-        folder = PartialFolder(path, 0, 1, overwrite=True)
-        save_file({"b": torch.ones(3)}, folder.own / "model.safetensors")
-        folder.hand_over(1, ["model.safetensors"])
-        with pytest.raises(CheckpointError, match="not the files that were meant"):
-            folder.finish(1, expected, deadline=0.0)
-        folder.discard()
-        assert list(read_checkpoint(path).tensors) == ["a"]
-        folder = PartialFolder(path, 0, 1, overwrite=True)
-        save_file({"a": torch.ones(3)}, folder.own / "model.safetensors")
-        (folder.side / "new").write_text("")
-        folder.hand_over(1, ["model.safetensors"])
-        folder.finish(1, expected, deadline=0.0)
-        assert (path / "new").exists()
-        assert [child.name for child in tmp_path.iterdir()] == ["out"]
-        (path / "new").unlink()
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    """Opened to read, it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "x.safetensors")
+    refused(tmp_path, "x.safetensors is no regular file")
+    refused(tmp_path / "x.safetensors", "is no regular file")
+    write_index(tmp_path, {"a": "x.safetensors"})
+    refused(tmp_path, "which is not there")
+
+
+def test_json_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightsync.checkpoint.side.MAX_JSON_BYTES", 50)
+    write_index(tmp_path, {"a": "x" * 50})
+    refused(tmp_path, "more than 50 bytes")
+    monkeypatch.undo()
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / INDEX_NAME).unlink()
+    refused(tmp_path, "is no JSON")
+
+    def of(config: Path) -> None:
+        ModelFiles.of(config, None, None, 1, 1 << 30)
+
+    for content in (None, "[]", "[" * 200_000, b"\xff"):
+        path = tmp_path / "given.json"
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ConfigError, match=r"given\.json (cannot be read|is no JSON)"):
+            of(path)
+
+
+SIDE = ["config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "qwen.tiktoken"]
+OTHERS = ["README.md", "modeling_own.py", "LICENSE.txt", "results.json"]
+
+
+def test_small_files_that_are_copied(tmp_path: Path) -> None:
+    """Of a folder all but a trainer's; beside a file may lie anything, so only known names."""
+    store(tmp_path, NAMED, num_files=1)
+    file = tmp_path / "model-00001-of-00001.safetensors"
+    for name in (*SIDE[1:], *OTHERS, "trainer_state.json", "all_results.json", "optimizer.pt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "more").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    for like, expected in ((tmp_path, SIDE + OTHERS), (tmp_path / INDEX_NAME, SIDE + OTHERS),
+                           (file, SIDE)):  # fmt: skip
+        model = ModelFiles.of(None, like, None, 1, 1 << 30)
+        out = tmp_path / "more" / str(len(list((tmp_path / "more").iterdir())))
+        out.mkdir()
+        model.write_side_files(out)
+        assert sorted(path.name for path in out.iterdir()) == sorted(expected)
+        assert model.side_names() == set(expected)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"small files .* cannot be written"):
+        model.write_side_files(out)

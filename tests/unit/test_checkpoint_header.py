@@ -45,7 +45,7 @@ LIES: dict[str, tuple[Any, int, str]] = {
     "no UTF-8": (b'{"\xff": 1}', 0, "no JSON"),
     "deep": (b'{"a": ' + b"[" * 200_000, 0, "no JSON"),
     "long number": (b'{"a": ' + b"9" * 5000 + b"}", 0, "no JSON"),
-    "twice": (b'{"a": {"dtype": "U8"}, "a": {"dtype": "U8"}}', 0, "has a twice"),
+    "twice": (b'{"a": {"dtype": "U8"}, "a": {"dtype": "U8"}}', 0, "has 'a' twice"),
     "metadata": ({"__metadata__": {"format": 1}}, 0, "__metadata__"),
     "no entry": ({"a": 7}, 0, "tensor a: dtype, shape and data_offsets"),
     "missing key": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "tensor a"),
@@ -67,6 +67,7 @@ LIES: dict[str, tuple[Any, int, str]] = {
     "begins late": ({"a": entry(start=4, end=12)}, 12, "tensor a: .* gap"),
     "hidden": ({"a": entry()}, 9, "1 bytes after the last tensor"),
     "surrogate": (b'{"\\ud800": {}}', 0, "no name of a tensor"),
+    "surrogate twice": (b'{"\\ud800": {}, "\\ud800": {}}', 0, "twice"),
     "empty name": ({"": entry()}, 8, "no name of a tensor"),
 }  # fmt: skip
 
@@ -78,6 +79,7 @@ def test_lies_are_named(case: str) -> None:
         parse(content, data_bytes)
     assert caught.value.path == PATH
     assert str(PATH) in str(caught.value)
+    assert str(caught.value).encode()  # can be printed
 
 
 @pytest.mark.parametrize(

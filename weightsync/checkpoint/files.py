@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from weightsync.checkpoint.header import StoredTensor, read_header
+from weightsync.checkpoint.side import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, read_json
 from weightsync.errors import CheckpointError, ConfigError
 from weightsync.planners.rules.canonical import canonical_tensors
 from weightsync.planners.rules.config import SUPPORTED_MODELS, ConfigLike, ModelConfig, model_config
 from weightsync.planners.rules.transformers import transformers_aliases
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "StoredCheckpoint", "StoredTensor", "read_checkpoint"]
+__all__ = ["StoredCheckpoint", "StoredTensor", "read_checkpoint"]
 
-INDEX_NAME: Final = "model.safetensors.index.json"
-SINGLE_NAME: Final = "model.safetensors"
-_CONFIG_NAME: Final = "config.json"
-_MAX_INDEX_BYTES: Final = 256 << 20
+_MAX_FILE_NAME: Final = 255  # bytes; what Linux file systems take
 _NAMES_SHOWN: Final = 4
 _MAX_EXTRA_LAYERS: Final = 64
 # Tables that old checkpoints stored and that every model computes; transformers drops them too.
@@ -59,7 +57,7 @@ class StoredCheckpoint:
         """
         if self.config_path is None:
             return None
-        content = _read_json(self.config_path)
+        content = read_json(self.config_path)
         if content.get("model_type") not in SUPPORTED_MODELS:
             return None
         try:
@@ -118,7 +116,7 @@ class StoredCheckpoint:
 
     def _extra_layers(self, model: ModelConfig) -> tuple[str, ...]:
         """Prefixes of the layers of multi-token prediction, which no engine serves weights from."""
-        content = _read_json(self.config_path) if self.config_path is not None else {}
+        content = read_json(self.config_path) if self.config_path is not None else {}
         count = content.get("num_nextn_predict_layers")
         if not isinstance(count, int) or not 0 <= count <= _MAX_EXTRA_LAYERS:
             return ()
@@ -148,10 +146,12 @@ def read_checkpoint(path: str | Path) -> StoredCheckpoint:
             what its header says, or index and files disagree; names file and tensor.
     """
     path = Path(path)
-    if path.is_dir():
-        folder, first = path, _find(path)
-    else:
-        folder, first = path.parent, path
+    try:
+        folder, first = (path, _find(path)) if path.is_dir() else (path.parent, path)
+        config = folder / CONFIG_NAME
+        has_config = config.is_file()
+    except OSError as error:  # no right to look, a name that is too long
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
     if first.name.endswith(".json"):
         weight_map = _read_index(first)
         files = sorted({folder / name for name in weight_map.values()})
@@ -169,8 +169,7 @@ def read_checkpoint(path: str | Path) -> StoredCheckpoint:
             tensors[tensor.name] = tensor
     if weight_map is not None:
         _compare(first, weight_map, tensors)
-    config = folder / _CONFIG_NAME
-    return StoredCheckpoint(folder, tuple(files), tensors, config if config.is_file() else None)
+    return StoredCheckpoint(folder, tuple(files), tensors, config if has_config else None)
 
 
 def _find(folder: Path) -> Path:
@@ -194,25 +193,45 @@ def _find(folder: Path) -> Path:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map from tensors to files", path=path)
     for name, file in weight_map.items():
-        # Nothing outside of the folder is read, whatever an index asks for.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+        if not name.isprintable():  # half a surrogate pair could not even be told to a peer
+            raise CheckpointError(f"{path}: {name!r:.80} is no name of a tensor", path=path)
+        if not _is_file_name(file):
             raise CheckpointError(
                 f"{path}: tensor {name} lies in {file!r:.80}, which is no name of a file beside "
                 "the index",
                 path=path,
                 tensor=name,
             )
-        if not (path.parent / file).is_file():
+        beside = path.parent / file
+        try:
+            is_there = beside.is_file()
+        except OSError as error:
+            raise CheckpointError(
+                f"{beside} cannot be read: {error.strerror}", path=beside, tensor=name
+            ) from error
+        if not is_there:
             raise CheckpointError(
                 f"{path} names {file}, which is not there; was the download complete?",
-                path=path.parent / file,
+                path=beside,
                 tensor=name,
             )
     return weight_map
+
+
+def _is_file_name(name: Any) -> bool:
+    # Nothing outside of the folder is read, whatever an index asks for, and nothing is tried that a
+    # message could not repeat.
+    return (
+        isinstance(name, str)
+        and name not in ("", "..")
+        and name.isprintable()
+        and Path(name).name == name
+        and len(os.fsencode(name)) <= _MAX_FILE_NAME
+    )
 
 
 def _compare(index: Path, weight_map: dict[str, str], tensors: Mapping[str, StoredTensor]) -> None:
@@ -229,17 +248,3 @@ def _compare(index: Path, weight_map: dict[str, str], tensors: Mapping[str, Stor
                 path=tensor.path,
                 tensor=name,
             )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{path}: more than {_MAX_INDEX_BYTES} bytes", path=path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}", path=path) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object", path=path)
-    return content

@@ -1,32 +1,41 @@
 """A checkpoint in the making: a hidden folder beside it, and the one step that gives it its name.
 
 `.NAME.partial/rank-I` belongs to rank I, which holds a lock on it while it works. A rank that is
-done leaves its files there with a `done.json`, and rank 0 puts them together. Only renames happen
-under the final name.
+done leaves its files there with a `done.json` and waits. Rank 0 puts the files together, gives the
+folder its name, and then removes the others' parts: that tells them. If it gives up instead, the
+name of its run is gone from its own part, and each rank removes its own. Only renames happen under
+the final name.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from weightsync.checkpoint.disk import lock_new_folder, remove, sync_file, sync_folder, try_lock
 from weightsync.checkpoint.files import read_checkpoint
 from weightsync.checkpoint.model import Entry
+from weightsync.checkpoint.side import require_free
 from weightsync.errors import CheckpointError, ConfigError, TransferTimeoutError
 
-__all__ = ["PartialFolder", "sync_file"]
+__all__ = ["PartialFolder"]
 
 _DONE_NAME: Final = "done.json"
+_OLD_NAME: Final = "old"
+_RUN_NAME: Final = "run"
 _POLL_S: Final = 0.02
+# What rank 0 has for renames after its own deadline: its error says more than that of a clock.
+_GRACE_S: Final = 5.0
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
@@ -39,6 +48,7 @@ class PartialFolder:
         rank: Of this process.
         world_size: Ranks that write.
         overwrite: Whether a checkpoint at `path` may be replaced.
+        side_names: Small files of the new checkpoint; old ones of these names may be replaced.
 
     Attributes:
         own: Where this rank makes its files.
@@ -46,92 +56,190 @@ class PartialFolder:
 
     Raises:
         ConfigError: `path` is taken, or another process writes it at this moment.
-        CheckpointError: The folder cannot be made.
+        CheckpointError: The folder cannot be made, or not cleared of what a killed process left.
     """
 
-    def __init__(self, path: Path, rank: int, world_size: int, *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rank: int,
+        world_size: int,
+        *,
+        overwrite: bool,
+        side_names: Collection[str] = (),
+    ) -> None:
         self.path, self._rank, self._world_size = path, rank, world_size
-        self._overwrite = overwrite
+        self._overwrite, self._side_names = overwrite, side_names
         self._root = path.parent / f".{path.name}.partial"
         self.own = self._root / f"rank-{rank}"
         self.side = self.own / "side"
         self.is_over = False
-        _require_free(path, overwrite=overwrite)
+        self._run: str | None = None
+        self._require_free()
         if not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}; make it first", path=path)
+        lock = lock_new_folder(self.own)
+        if lock is None:
+            raise ConfigError(f"{path}: rank {rank} of another export is writing there", path=path)
+        self._lock = lock
         try:
-            self.own.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.own, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.own} cannot be made: {error.strerror}", path=self.own
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise ConfigError(
-                f"{path}: rank {rank} of another export is writing there", path=path
-            ) from error
-        for left in self.own.iterdir():  # of a process that was killed
-            _remove(left)
-        if rank == 0:
-            self.side.mkdir()
+            self._clear()
+        except BaseException as error:
+            with suppress(OSError):
+                self.own.rmdir()  # if it is empty: an old checkpoint may lie in it
+            self._leave()
+            if isinstance(error, OSError):
+                raise CheckpointError(
+                    f"{self.own} cannot be cleared of what a killed export left: {error}",
+                    path=self.own,
+                ) from error
+            raise
 
     def hand_over(self, version: int, files: Sequence[str]) -> None:
-        """Say that this rank's files are complete and on disk."""
+        """Say that this rank's files are complete and on disk.
+
+        Raises:
+            CheckpointError: That cannot be written.
+        """
         part = self.own / f"{_DONE_NAME}.part"
-        part.write_text(json.dumps({"version": version, "files": list(files)}), encoding="utf-8")
-        sync_file(part)
-        part.rename(self.own / _DONE_NAME)
-        _sync_folder(self.own)
-        if self._rank != 0:  # from here on the files are rank 0's
-            self.is_over = True
-            os.close(self._lock)
+        try:
+            self._run = self._current_run()
+            part.write_text(
+                json.dumps({"version": version, "files": list(files)}), encoding="utf-8"
+            )
+            sync_file(part)
+            part.rename(self.own / _DONE_NAME)
+            sync_folder(self.own)
+        except OSError as error:
+            raise CheckpointError(f"{part} cannot be written: {error}", path=part) from error
 
     def finish(self, version: int, expected: Mapping[str, Entry], deadline: float) -> None:
-        """Rank 0: wait for the others, put everything together, check it, give it its name.
+        """Rank 0: put everything together, check it, give it its name. Others: wait for that.
+
+        Args:
+            version: What was handed over.
+            expected: All tensors of the checkpoint.
+            deadline: Until when rank 0 waits for the others. These wait for rank 0 until then, and
+                for some seconds at least: it minds the deadline itself.
 
         Raises:
             TransferTimeoutError: A rank was not done by the deadline.
-            CheckpointError: What lies there is not what was meant, or cannot be renamed.
+            CheckpointError: What lies there is not what was meant, or cannot be renamed; or a rank
+                gave up.
         """
         try:
-            for rank in range(self._world_size):
-                folder = self._root / f"rank-{rank}"
-                for name in self._wait(folder, rank, version, deadline):
-                    (folder / name).rename(self.side / name)
-            stored = read_checkpoint(self.side)
-            found = {name: (t.dtype, t.shape) for name, t in stored.tensors.items()}
-            if found != {name: (entry.dtype, entry.shape) for name, entry in expected.items()}:
-                raise CheckpointError(f"{self.side}: not the files that were meant to be written")
-            for path in self.side.iterdir():
-                if path not in stored.files:
-                    sync_file(path)
-            _sync_folder(self.side)
-            self._rename()
+            if self._rank == 0:
+                self._assemble(version, expected, deadline)
+                self._remove_parts()
+            else:
+                self._await_name(version, max(deadline, time.monotonic() + _GRACE_S))
+        except TransferTimeoutError:  # an OSError, too, as every TimeoutError is
+            raise
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be completed: {error}", path=self.path
             ) from error
         self.is_over = True
-        os.close(self._lock)
-        shutil.rmtree(self._root, ignore_errors=True)
+        self._leave()
 
     def discard(self) -> None:
         """Remove what is not finished. Idempotent."""
         if self.is_over:
             return
         self.is_over = True
-        shutil.rmtree(self.own, ignore_errors=True)
+        # An old checkpoint that cannot be put back stays; the next export of this name says so.
+        with suppress(OSError, CheckpointError):
+            self._restore()
+            # Rank 0 may have finished with it just now, and a later export made another.
+            if os.path.samestat(os.fstat(self._lock), self.own.stat()):
+                shutil.rmtree(self.own, ignore_errors=True)
+        self._leave()
+
+    def _clear(self) -> None:
+        """Make this part a new one, whatever a killed process left in it."""
+        self._restore()
+        for left in self.own.iterdir():
+            remove(left)
+        if self._rank == 0:
+            self._require_free()  # an old checkpoint may have its name back
+            self.side.mkdir()
+            (self.own / _RUN_NAME).write_text(uuid.uuid4().hex, encoding="utf-8")
+
+    def _leave(self) -> None:
+        """Give up the lock. From here on, what lies under this part's name is another's."""
         os.close(self._lock)
-        if self._rank == 0:  # what others handed over is of no use any more
-            for done in self._root.glob(f"rank-*/{_DONE_NAME}"):
-                shutil.rmtree(done.parent, ignore_errors=True)
-        try:
+        with suppress(OSError):  # others are still at it
             self._root.rmdir()
-        except OSError:
-            return  # others are still at it
+
+    def _require_free(self) -> None:
+        require_free(self.path, overwrite=self._overwrite, side_names=self._side_names)
+
+    def _current_run(self) -> str | None:
+        """The name of the run that rank 0 is at; None where it is at none."""
+        try:
+            return (self._root / "rank-0" / _RUN_NAME).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def _is_handed_over(self) -> bool:
+        """Whether rank 0 has not finished with this part yet."""
+        try:
+            # In the folder that is locked, not in one that a later export made under its name.
+            os.stat(_DONE_NAME, dir_fd=self._lock)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            return False
+        return True
+
+    def _await_name(self, version: int, deadline: float) -> None:
+        """Wait until rank 0 has given the folder its name."""
+        pause = threading.Event()
+        while True:
+            # Before the next look: rank 0 removes the parts of the others first.
+            is_at_it = self._run is not None and self._run == self._current_run()
+            if not self._is_handed_over():
+                return
+            if not is_at_it:
+                raise CheckpointError(
+                    f"{self.path}: rank 0 gave up, so there is no new checkpoint; its error says "
+                    "why",
+                    path=self.path,
+                    rank=0,
+                    version=version,
+                )
+            if time.monotonic() >= deadline:
+                raise TransferTimeoutError(
+                    f"{self.path}: rank 0 has not completed the checkpoint in time; see whether it "
+                    "still runs",
+                    rank=0,
+                    version=version,
+                )
+            pause.wait(_POLL_S)
+
+    def _assemble(self, version: int, expected: Mapping[str, Entry], deadline: float) -> None:
+        """Make the folder of the final name from the files of all ranks."""
+        folders = [self._root / f"rank-{rank}" for rank in range(self._world_size)]
+        for rank, folder in enumerate(folders):
+            for name in self._wait(folder, rank, version, deadline):
+                (folder / name).rename(self.side / name)
+        stored = read_checkpoint(self.side)
+        found = {name: (t.dtype, t.shape) for name, t in stored.tensors.items()}
+        if found != {name: (entry.dtype, entry.shape) for name, entry in expected.items()}:
+            raise CheckpointError(f"{self.side}: not the files that were meant to be written")
+        for path in self.side.iterdir():
+            if path not in stored.files:
+                sync_file(path)
+        sync_folder(self.side)
+        for rank, folder in enumerate(folders):
+            # One that gave up meanwhile has reported an error: there must be no checkpoint.
+            if not (folder / _DONE_NAME).exists():
+                raise CheckpointError(
+                    f"{self.path}: rank {rank} gave up; its error says why",
+                    path=self.path,
+                    rank=rank,
+                )
+        self._rename()
 
     def _wait(self, folder: Path, rank: int, version: int, deadline: float) -> list[str]:
         """Names of the files that a rank has handed over."""
@@ -159,54 +267,55 @@ class PartialFolder:
 
     def _rename(self) -> None:
         """Give the finished folder its name; whoever looks sees the old one or the new one."""
-        _require_free(self.path, overwrite=self._overwrite)
+        self._require_free()
         if not self.path.exists():
             self.side.rename(self.path)
         elif not _exchange(self.side, self.path):
             # A file system that cannot exchange: for a moment there is neither.
-            old = self.own / "old"
-            self.path.rename(old)
             try:
+                self.path.rename(self.own / _OLD_NAME)
                 self.side.rename(self.path)
-            except OSError:
-                old.rename(self.path)
+            except BaseException:  # Ctrl-C, too: the only copy of the old one lies in our part
+                self._restore()
                 raise
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
+    def _restore(self) -> None:
+        """Give an old checkpoint its name back, if it was put aside and nothing took its place.
 
-def sync_file(path: Path) -> None:
-    """Bring a file to disk, with what was written through mappings of it. Blocks.
+        Raises:
+            CheckpointError: What has its name by now is not the new one.
+            OSError: It cannot be renamed.
+        """
+        old = self.own / _OLD_NAME
+        try:
+            old.rename(self.path)  # never over a folder that holds something
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            if self.side.exists():
+                raise CheckpointError(
+                    f"{self.path} was taken while the checkpoint of that name was replaced, which "
+                    f"lies in {old} now; move it to where you want it",
+                    path=old,
+                ) from error
+            return  # the new one has the name, and the old one may go
+        sync_folder(self.path.parent)
 
-    Raises:
-        CheckpointError: The disk could not take it.
-    """
-    try:
-        # Linux writes mapped pages back here as well. mmap.flush would hold the GIL meanwhile, and
-        # the heartbeats of other members in this process with it.
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be brought to disk: {error.strerror}", path=path
-        ) from error
-
-
-def _require_free(path: Path, *, overwrite: bool) -> None:
-    """Only a checkpoint is ever replaced, never a folder that holds something else."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ConfigError(f"{path} is there and no folder; name another", path=path)
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(
-            f"{path} is there already; name another, or replace it (overwrite=True, --force)",
-            path=path,
-        )
-    if any(child.is_dir() for child in path.iterdir()) or not any(path.glob("*.safetensors")):
-        raise ConfigError(
-            f"{path} is no checkpoint (folders in it, or no *.safetensors), so it is not replaced",
-            path=path,
-        )
+    def _remove_parts(self) -> None:
+        """Remove the parts of all ranks, which tells the others that the folder has its name."""
+        for part in self._root.glob("rank-*"):
+            if part == self.own:
+                continue
+            with suppress(OSError):
+                if (part / _DONE_NAME).exists():
+                    shutil.rmtree(part, ignore_errors=True)
+                elif (lock := try_lock(part)) is not None:  # of a killed export by more ranks
+                    shutil.rmtree(part, ignore_errors=True)
+                    os.close(lock)
+        shutil.rmtree(self.own, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -221,18 +330,3 @@ def _exchange(first: Path, second: Path) -> bool:
     if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(second))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,8 +72,12 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
         CheckpointError: The file cannot be read, is truncated, or its header is not true.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        # A pipe must not be waited for: it would never be a safetensors file.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} is no regular file", path=path)
+            size = status.st_size
             if size < _LENGTH_BYTES:
                 raise CheckpointError(
                     f"{path}: {size} bytes are no safetensors file; was it truncated?", path=path
@@ -165,7 +170,7 @@ def _parse_json(header: bytes, path: Path) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{path}: the header has {twice[:_MAX_NAME]} twice", path=path)
+            raise CheckpointError(f"{path}: the header has {twice!r:.{_MAX_NAME}} twice", path=path)
         return made
 
     if not header.startswith(b"{"):
@@ -180,7 +185,7 @@ def _parse_json(header: bytes, path: Path) -> dict[str, Any]:
 
 def _tensor(name: str, entry: Any, path: Path, start: int) -> StoredTensor:
     if not name or not name.isprintable():  # half a surrogate pair could not even be told to a peer
-        raise CheckpointError(f"{path}: {name!r:.80} is no name of a tensor", path=path)
+        raise CheckpointError(f"{path}: {name!r:.{_MAX_NAME}} is no name of a tensor", path=path)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _lie(path, name, "dtype, shape and data_offsets are needed, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

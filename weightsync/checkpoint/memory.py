@@ -12,28 +12,11 @@ import torch
 
 from weightsync.checkpoint.header import StoredTensor
 from weightsync.errors import CheckpointError
-from weightsync.ir.dtypes import Dtype
+from weightsync.live.sites import TORCH_DTYPES
 
 __all__ = ["create_mapped", "map_file", "same_bytes", "view"]
 
 _COMPARE_BYTES: Final = 16 << 20
-_TORCH: Final = {
-    Dtype.BOOL: torch.bool,
-    Dtype.U8: torch.uint8,
-    Dtype.I8: torch.int8,
-    Dtype.F8_E4M3: torch.float8_e4m3fn,
-    Dtype.F8_E5M2: torch.float8_e5m2,
-    Dtype.U16: torch.uint16,
-    Dtype.I16: torch.int16,
-    Dtype.F16: torch.float16,
-    Dtype.BF16: torch.bfloat16,
-    Dtype.U32: torch.uint32,
-    Dtype.I32: torch.int32,
-    Dtype.F32: torch.float32,
-    Dtype.U64: torch.uint64,
-    Dtype.I64: torch.int64,
-    Dtype.F64: torch.float64,
-}
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -92,7 +75,7 @@ def view(mapped: mmap.mmap, tensor: StoredTensor, first: int, count: int) -> tor
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         flat = torch.frombuffer(
             mapped,
-            dtype=_TORCH[tensor.dtype],
+            dtype=TORCH_DTYPES[tensor.dtype],
             count=row_bytes * count // tensor.dtype.itemsize,
             offset=tensor.offset_bytes + first * row_bytes,
         )

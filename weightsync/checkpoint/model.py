@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -10,9 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from weightsync.checkpoint.files import INDEX_NAME, SINGLE_NAME, read_checkpoint
+from weightsync.checkpoint.files import read_checkpoint
 from weightsync.checkpoint.header import format_header
-from weightsync.errors import ConfigError
+from weightsync.checkpoint.side import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    read_json,
+    side_files,
+    write_json,
+)
+from weightsync.errors import CheckpointError, ConfigError
 from weightsync.ir.builder import ManifestBuilder
 from weightsync.ir.dtypes import Dtype
 from weightsync.ir.manifest import Manifest
@@ -22,9 +29,6 @@ from weightsync.planners.rules.layout import named_dtype
 
 __all__ = ["Entry", "FilesLayout", "ModelFiles", "NewFile"]
 
-# Of a checkpoint's small files: configurations, tokenizers, templates, licences, code.
-_SIDE_SUFFIXES: Final = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".md", ".py"}
-_MAX_SIDE_BYTES: Final = 64 << 20
 _CONFIG_DTYPES: Final = {Dtype.BF16: "bfloat16", Dtype.F16: "float16", Dtype.F32: "float32"}
 
 
@@ -61,14 +65,14 @@ class ModelFiles:
 
     Args:
         files: With weights.
-        config: Content of `config.json`; None copies it from `like`.
-        like: Folder whose small files are copied, or None.
+        config: Content of `config.json`; None: a copy.
+        copies: Small files of another checkpoint that this one gets, too.
         dtype: Of the weights, for `config.json`; None: as in `like`.
     """
 
     files: tuple[NewFile, ...]
     config: dict[str, Any] | None
-    like: Path | None
+    copies: tuple[Path, ...]
     dtype: Dtype | None
     expected: dict[str, Entry] = field(init=False, repr=False)
     """Every tensor by name."""
@@ -105,10 +109,10 @@ class ModelFiles:
                 Entry(t.name, t.dtype if wanted is None or t.name in own else wanted, t.shape)
                 for t in found.values()
             ]
-            folder: Path | None = stored.folder
+            copies = side_files(Path(like))
         else:
             assert config is not None
-            content, folder = _content(config), None
+            content, copies = _content(config), ()
             wanted = Dtype.BF16 if wanted is None else wanted
             content.pop("quantization_config", None)  # what is written is not quantized
             own = canonical_dtypes(content)
@@ -118,29 +122,47 @@ class ModelFiles:
             ]
         if not entries:
             raise ConfigError("a checkpoint without tensors cannot be written")
-        return cls(_cut(entries, world_size, max_file_bytes), content, folder, wanted)
+        return cls(_cut(entries, world_size, max_file_bytes), content, copies, wanted)
 
     def files_of(self, rank: int) -> list[NewFile]:
         """The files that a rank writes."""
         return [file for file in self.files if file.rank == rank]
 
+    def side_names(self) -> frozenset[str]:
+        """Names of everything but the weights and their index."""
+        return frozenset((CONFIG_NAME, *(path.name for path in self.copies)))
+
     def write_side_files(self, folder: Path) -> None:
-        """Put everything but the weights into a folder: configuration, index, copies."""
-        if self.like is not None:
-            for path in sorted(self.like.iterdir()):
-                if _is_side_file(path):
-                    shutil.copyfile(path, folder / path.name)
-        content = self.config if self.config is not None else _json(folder / "config.json")
-        if content is not None and self.dtype is not None:
-            named = [key for key in ("dtype", "torch_dtype") if key in content]
-            for key in named if named else ["dtype"]:
-                content = {**content, key: _CONFIG_DTYPES[self.dtype]}
-            _write_json(folder / "config.json", content)
-        if len(self.files) > 1:
-            weight_map = {e.name: file.name for file in self.files for e in file.entries}
-            total = sum(entry.nbytes for entry in self.expected.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(folder / INDEX_NAME, index)
+        """Put everything but the weights into a folder: configuration, index, copies.
+
+        Raises:
+            CheckpointError: A copy cannot be made, or there is no room.
+        """
+        try:
+            for path in self.copies:
+                shutil.copyfile(path, folder / path.name)
+            self._write_config(folder / CONFIG_NAME)
+            if len(self.files) > 1:
+                weight_map = {e.name: file.name for file in self.files for e in file.entries}
+                total = sum(entry.nbytes for entry in self.expected.values())
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                write_json(folder / INDEX_NAME, index)
+        except OSError as error:
+            raise CheckpointError(
+                f"the small files of the checkpoint cannot be written: {error}", path=folder
+            ) from error
+
+    def _write_config(self, path: Path) -> None:
+        """The configuration that was given or copied, with the dtype of what is written."""
+        content = self.config
+        if content is None and path.exists():
+            content = read_json(path)
+        if content is None or self.dtype is None:
+            return
+        named = [key for key in ("dtype", "torch_dtype") if key in content]
+        for key in named if named else ["dtype"]:
+            content = {**content, key: _CONFIG_DTYPES[self.dtype]}
+        write_json(path, content)
 
 
 @dataclass(frozen=True)
@@ -200,30 +222,4 @@ def _content(config: ModelConfig | Mapping[str, Any] | str | Path) -> dict[str, 
     if isinstance(config, Mapping):
         return dict(config)
     path = Path(config)
-    content = _json(path / "config.json" if path.is_dir() else path)
-    if content is None:
-        raise ConfigError(f"model config {path} is no JSON object", path=path)
-    return content
-
-
-def _is_side_file(path: Path) -> bool:
-    return (
-        path.is_file()
-        and path.suffix in _SIDE_SUFFIXES
-        and not path.name.endswith(".index.json")
-        and path.stat().st_size <= _MAX_SIDE_BYTES
-    )
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model config {path} cannot be read: {error}", path=path) from error
-    return content if isinstance(content, dict) else None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return read_json(path / CONFIG_NAME if path.is_dir() else path, ConfigError)

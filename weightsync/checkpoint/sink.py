@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from weightsync.checkpoint.folder import PartialFolder, sync_file
+from weightsync.checkpoint.disk import sync_file
+from weightsync.checkpoint.folder import PartialFolder
 from weightsync.checkpoint.header import StoredTensor
 from weightsync.checkpoint.memory import create_mapped, view
 from weightsync.checkpoint.model import FilesLayout, ModelFiles
@@ -51,20 +52,23 @@ class CheckpointSink:
     lies in this process's memory a second time. Once every rank has the version, committed and
     with all its digests right, and all of it is on disk, the folder gets its name in one step.
     Until then, and after any failure, what was under that name before is untouched. A killed
-    process leaves `.NAME.partial` beside it, which the next one of that name removes.
+    process leaves `.NAME.partial` beside it, which the next one of that name removes; where the
+    file system cannot swap two folders, the old checkpoint may lie in it and is put back first.
 
     Args:
         path: The folder to write. Ranks must share its file system.
         job: Where the version comes from; None reads $WEIGHTSYNC_JOB.
         config: The model, as the path or the content of a `config.json`, which is written too.
         like: A checkpoint of the same model instead: the new one gets its tensors, their dtypes,
-            and copies of its `config.json`, tokenizer and other small files.
+            and copies of its `config.json`, tokenizer and other small files; of a single
+            safetensors file only those whose names say that they belong to a model.
         dtype: Of the stored weights; None: as in `like`, else BF16.
         rank: Of this process; each writes whole files.
         world_size: Ranks that share the files.
         replica: Its name in the job; None makes one of `path`.
         max_file_bytes: Weights are cut into files of at most so much (or one tensor).
-        overwrite: Whether a checkpoint under that name is replaced.
+        overwrite: Whether a checkpoint under that name is replaced. What holds anything else, such
+            as the state of a trainer, is refused.
         mode: "in_place" as above. "staged" receives into memory first and copies from there;
             for fabrics that cannot write into the pages of files (`verbs`).
         timeout_s: Default deadline of `write`.
@@ -74,7 +78,8 @@ class CheckpointSink:
 
     Raises:
         ConfigError: `path` is taken, the model is not known, or the ranks are more than the files.
-        CheckpointError: `like` is no sound checkpoint, or there is no room on the disk.
+        CheckpointError: `like` is no sound checkpoint, or there is no room on the disk, or what a
+            killed process left cannot be removed.
         LayoutError, PeerLostError, AuthError: As `Sink`.
     """
 
@@ -103,7 +108,9 @@ class CheckpointSink:
         self.rank, self.world_size = rank, world_size
         self._timeout_s = timeout_s
         self._model = ModelFiles.of(config, like, dtype, world_size, max_file_bytes)
-        self._folder = PartialFolder(self.path, rank, world_size, overwrite=overwrite)
+        self._folder = PartialFolder(
+            self.path, rank, world_size, overwrite=overwrite, side_names=self._model.side_names()
+        )
         try:
             self._maps: dict[Path, mmap.mmap] = {}
             self._num_bytes = 0
@@ -130,9 +137,9 @@ class CheckpointSink:
     def write(self, version: int | None = None, *, timeout_s: float | None = None) -> Written:
         """Receive a version and make it the checkpoint. Call once, on every rank.
 
-        Blocks until the version is committed and on disk; rank 0 also for the other ranks, and
-        returns when the folder has its name. A version that the fleet gives up is waited over:
-        the next one is taken.
+        Blocks until the version is committed and on disk, all ranks are done and the folder has
+        its name, which rank 0 gives it. A version that the fleet gives up is waited over: the next
+        one is taken.
 
         Args:
             version: Smallest version to accept; None: the next one that is committed.
@@ -143,7 +150,8 @@ class CheckpointSink:
 
         Raises:
             TransferTimeoutError: Nothing was committed in time, or a rank did not come.
-            CheckpointError: It could not be brought to disk, or `path` is taken by now.
+            CheckpointError: It could not be brought to disk, `path` is taken by now, or rank 0 gave
+                up.
             LayoutError, PlanError: The two sides do not fit.
         """
         if self._folder.is_over:
@@ -158,8 +166,7 @@ class CheckpointSink:
             for path in self._maps:
                 sync_file(path)
             self._folder.hand_over(found, [path.name for path in self._maps])
-            if self.rank == 0:
-                self._folder.finish(found, self._model.expected, deadline)
+            self._folder.finish(found, self._model.expected, deadline)
         except BaseException:
             self.close()
             raise
