@@ -18,8 +18,8 @@ STEPS = 5
 PROMPTS = [[3, 14, 15, 92, 65], [84, 104, 101, 32], list(range(40, 72))]
 NUM_TOKENS = 24
 # In bf16 both sides round, each in its own order. Where the probabilities of the two best tokens
-# are closer than this nobody can say who is right; nor where one unit in the last place of their
-# logits, which is 2^-6 for logits from 2 on, turns them round. The second kind is counted.
+# are closer than this nobody can say who is right; nor where the rounding error that transformers
+# itself makes there, measured against float32, turns them round. The second kind is counted.
 MARGIN = 1e-3
 
 CELLS = [
@@ -82,9 +82,9 @@ def test_tokens_are_those_of_transformers(fleet: Fleet, capsys: pytest.CaptureFi
         # Told apart: bytes arriving while it serves, checking them, and the pause.
         assert 0 < stages["sink_verify"] <= stages["sink_fill"]
         assert stages["sink_pause"] > 0
-    assert num_turned <= len(margins) // 100  # wrong weights would turn far more
+    assert num_turned <= len(margins) // 50  # wrong weights would turn far more
     wide = sum(margin > MARGIN for margin in margins)
     with capsys.disabled():
         text = f"least margin {min(margins):.4g}; {wide} of {len(margins)} above {MARGIN}"
-        text += f", {num_turned} of these turned round by one ulp"
+        text += f", {num_turned} of these turned round by rounding"
         print(f" {text}", end=" ")  # noqa: T201 - the reader wants to see how sure it was

@@ -33,15 +33,17 @@ class _Trainer(FsdpTrainer):
         super().__init__(options, config, lr=lr, length=_LENGTH, is_random=is_random)
         dtype = getattr(torch, options["dtype"])
         self.judge = build_model(config, dtype).eval() if self.rank == 0 else None
-        self._eps = torch.finfo(dtype).eps
+        # The same weights without the roundings in between.
+        self.exact = build_model(config, torch.float32).eval() if self.rank == 0 else None
 
     def remember(self) -> None:
         """Gather the weights for the judge: weightsync itself never does this."""
         for name, value in self.model.state_dict().items():
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.judge is not None:
+            if self.judge is not None and self.exact is not None:
                 target = self.judge.state_dict()[name]
                 target.copy_(whole)
+                self.exact.state_dict()[name].copy_(target)
 
     def judge_tokens(
         self, prompts: list[list[int]], tokens: list[list[int]]
@@ -50,10 +52,11 @@ class _Trainer(FsdpTrainer):
 
         Returns:
             The most likely token at every place; the lead of its probability over the second; and
-            what becomes of that lead if both logits are wrong by one unit in the last place of the
-            judge's dtype: by as much differ two right engines that round in another order.
+            what is left of that lead if the judge and the engine each err by as much as the judge
+            does there, measured against float32: two right ones that round in another order.
         """
         assert self.judge is not None
+        assert self.exact is not None
         best: list[list[int]] = []
         lead: list[list[float]] = []
         sure: list[list[float]] = []
@@ -61,12 +64,14 @@ class _Trainer(FsdpTrainer):
             ids = torch.tensor([prompt + made])
             with torch.no_grad():
                 logits = self.judge(input_ids=ids, use_cache=False).logits[0].float()
-            top = logits[len(prompt) - 1 : -1].topk(2, dim=-1)
-            ulp = 2.0 ** top.values.abs().log2().floor() * self._eps
-            chance = logits[len(prompt) - 1 : -1].softmax(dim=-1).gather(1, top.indices)
+                exact = self.exact(input_ids=ids, use_cache=False).logits[0]
+            logits, exact = logits[len(prompt) - 1 : -1], exact[len(prompt) - 1 : -1]
+            top = logits.topk(2, dim=-1)
+            chance = logits.softmax(dim=-1).gather(1, top.indices)
+            error = 2 * (logits - exact).abs().amax(dim=-1, keepdim=True)
             best.append(top.indices[:, 0].tolist())
             lead.append((chance[:, 0] - chance[:, 1]).tolist())
-            worst = chance * torch.exp(ulp * torch.tensor([-1.0, 1.0]))
+            worst = chance * torch.exp(error * torch.tensor([-1.0, 1.0]))
             sure.append((worst[:, 0] - worst[:, 1]).tolist())
         return best, lead, sure
 
