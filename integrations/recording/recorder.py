@@ -325,7 +325,7 @@ def _is_constant(func: Any) -> bool:
 def _value_of(func: Any, args: tuple[Any, ...]) -> float:
     """What an operation fills the tensor with that it makes; NaN where that is not known."""
     if func in _FULL:
-        return float(args[_FULL[func]])
+        return float(args[_FULL[func]]) if len(args) > _FULL[func] else math.nan
     return 0.0 if func in _ZEROS else 1.0 if func in _ONES else math.nan
 
 
