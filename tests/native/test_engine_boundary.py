@@ -47,6 +47,15 @@ def test_other_threads_run_while_one_waits(link: Link) -> None:
     assert not thread.is_alive()
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As at a terminal: shells have what they start in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_wait(link: Link) -> None:
     target, _, _ = link.connected(64, [1])
     main = threading.main_thread().ident
