@@ -70,16 +70,20 @@ class _Snapshot:
             num_writes = [tensor._version for tensor in local]
         except RuntimeError:  # inference tensors do not count
             num_writes = [0 if t.is_inference() else t._version for t in local]
+        cut: list[int] = []  # DTensors
         if local is not tensors:
-            # A step on a DTensor counts up the DTensor alone.
             both = enumerate(zip(tensors, local, strict=True))
-            for index in [index for index, (tensor, part) in both if tensor is not part]:
-                if not tensors[index].is_inference():
-                    num_writes[index] += tensors[index]._version
+            cut = [index for index, (tensor, part) in both if tensor is not part]
+        for index in cut:
+            # A step on a DTensor counts up the DTensor alone.
+            if not tensors[index].is_inference():
+                num_writes[index] += tensors[index]._version
         addresses = [tensor.data_ptr() for tensor in local]
         if not with_meta:
             return cls(names, addresses, num_writes, [], [])
-        meta = [hash(_meta(*both)) for both in zip(tensors, local, strict=True)]
+        meta = [hash((tensor.dtype, tensor.shape, tensor.stride())) for tensor in local]
+        for index in cut:
+            meta[index] = hash((meta[index], _cut(tensors[index])))
         return cls(names, addresses, num_writes, [id(tensor) for tensor in tensors], meta)
 
     def is_laid_out_as(self, other: _Snapshot) -> bool:
@@ -104,10 +108,9 @@ class _Snapshot:
         return next((n for n, *seen in then if now.get(n) != tuple(seen)), None)
 
 
-def _meta(tensor: Tensor, local: Tensor) -> tuple[object, ...]:
-    """What must stay for a manifest to hold."""
-    cut = (tensor.shape, tensor.placements) if isinstance(tensor, DTensor) else None
-    return local.dtype, local.shape, local.stride(), cut
+def _cut(tensor: Tensor) -> tuple[object, ...]:
+    """What of a DTensor its local memory does not show; nothing of others."""
+    return (tensor.shape, tensor.placements) if isinstance(tensor, DTensor) else ()
 
 
 def _listed(weights: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
@@ -206,7 +209,10 @@ class SourceWeights:
     @staticmethod
     def _metas(names: list[str], tensors: list[Tensor]) -> dict[str, tuple[object, ...]]:
         listed = zip(names, tensors, _local(tensors), strict=True)
-        return {name: _meta(tensor, local) for name, tensor, local in listed}
+        return {
+            name: (part.dtype, part.shape, part.stride(), _cut(tensor))
+            for name, tensor, part in listed
+        }
 
     def _check(self, metas: Mapping[str, tuple[object, ...]]) -> None:
         for name in self.manifest.buffers.names:
