@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import secrets
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -85,11 +87,7 @@ def attach(
         "timeout_s": timeout_s,
     }
     try:
-        servers = [Server(engine) for engine in engines if isinstance(engine, str)]
-        with ThreadPoolExecutor(max(1, len(servers))) as pool:
-            asked = [pool.submit(_attach_server, server, info) for server in servers]
-        for answer in asked:
-            answer.result()
+        _attach_servers([Server(engine) for engine in engines if isinstance(engine, str)], info)
         for engine in engines:
             if not isinstance(engine, str):
                 _attach_object(engine, info)
@@ -151,6 +149,31 @@ def _attach_object(llm: LLM, info: Mapping[str, Any]) -> None:
     except Exception as error:  # vLLM passes texts on, no classes
         raise decoded(str(error)) or _explained(str(error), "this engine") or error from error
     _attached[llm] = (Job.connect(info["job"]), replica)
+
+
+def _attach_servers(servers: Sequence[Server], info: Mapping[str, Any]) -> None:
+    """All at once; the first refusal is raised without waiting for the others."""
+    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def ask(server: Server) -> None:
+        try:
+            _attach_server(server, info)
+        except Exception as error:  # noqa: BLE001 - raised by the thread that waits
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    for server in servers:
+        threading.Thread(target=ask, args=(server,), name="weightsync-attach", daemon=True).start()
+    deadline = time.monotonic() + _INIT_S
+    for _ in servers:
+        try:
+            error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            urls = ", ".join(server.url for server in servers)
+            raise PeerLostError(f"not all of {urls} answered within {_INIT_S:.0f} s") from None
+        if error is not None:
+            raise error
 
 
 def _attach_server(server: Server, info: Mapping[str, Any]) -> None:

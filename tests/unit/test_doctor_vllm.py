@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
+from support.http import serving
 from weightsync import doctor_vllm
 from weightsync.doctor_vllm import check_vllm
 from weightsync.errors import ConfigError
@@ -44,12 +44,8 @@ class Handler(BaseHTTPRequestHandler):
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     made = Server((request.param, 0), Handler)
     made.routes = dict(ROUTES)
-    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with serving(made):
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from support.http import serving
 from weightsync import Job, errors
 from weightsync.errors import ConfigError, LayoutError, PeerLostError, WeightSyncError
 from weightsync.integrations.vllm import attach
@@ -42,12 +43,8 @@ class Handler(BaseHTTPRequestHandler):
 def server() -> Iterator[Server]:
     made = Server(("127.0.0.1", 0), Handler)
     made.asked = []
-    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with serving(made):
+        yield made
 
 
 @pytest.fixture
@@ -128,6 +125,14 @@ def test_servers_are_asked_at_the_same_time(server: Server, job: Job) -> None:
     server.before = both.wait
     attach([url(server), url(server).replace("127.0.0.1", "localhost")], job=job)
     assert len(server.asked) == 2
+
+
+def test_a_refusal_does_not_wait_for_slow_servers(server: Server, job: Job) -> None:
+    ended = threading.Event()
+    server.before = ended.wait
+    with pytest.raises(PeerLostError, match="no vLLM server answers"):
+        attach([url(server), "http://127.0.0.1:9"], job=job)
+    ended.set()
 
 
 def test_no_proxy_is_asked(server: Server, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

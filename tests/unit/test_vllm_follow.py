@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from support.http import serving
 from weightsync.client import Sink
 from weightsync.integrations.vllm import follow
 from weightsync.integrations.vllm.follow import Follower
@@ -91,12 +92,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(follow, "_LOOK_S", 0.02)
     monkeypatch.setattr(follow, "_RETRY_S", 0.02)
     made = Engine()
-    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with serving(made):
+        yield made
 
 
 @pytest.fixture
