@@ -74,7 +74,12 @@ class Publisher:
         self.source = (
             weights
             if isinstance(weights, Source)
-            else Source(weights, job=job, timeout_s=timeout_s or _TIMEOUT_S, **options)
+            else Source(
+                weights,
+                job=job,
+                timeout_s=_TIMEOUT_S if timeout_s is None else timeout_s,
+                **options,
+            )
         )
 
     def publish(self, step: int) -> None:
@@ -113,6 +118,9 @@ class Publisher:
         Args:
             step: Optimizer steps of the whole training.
             is_changed: Whether weights changed after the last step, as the best ones are loaded.
+
+        Raises:
+            WeightSyncError: As `publish`.
         """
         if is_changed or (self._is_changed and self._tried != step):
             self.publish(step)

@@ -49,7 +49,8 @@ def fills_of(storage: Storage) -> Iterator[Fill]:
     ]
     place = [{start: i for i, start in enumerate(c)} for c in cuts]
     # Which value is in each cell between cuts: the last that was written.
-    known = {_key(value): value for value in (0.0 if storage.is_loaded else math.nan,)}
+    unset = 0.0 if storage.is_loaded else math.nan
+    known = {_key(unset): unset}
     cells = torch.zeros([len(c) - 1 for c in cuts], dtype=torch.int64, device="cpu")
     for fill, box in zip(storage.fills, edges[len(boxes) :], strict=True):
         key = _key(fill.value)
