@@ -473,7 +473,8 @@ class Sink:
         Args:
             version: Smallest version to return with; one that was committed before it is
                 adopted on the way. None: any that is newer than the active one.
-            timeout_s: Deadline; None takes the constructor's.
+            timeout_s: Deadline; None takes the constructor's. A rank whose weights have changed
+                by then waits up to 5 s longer for the others: it cannot go back.
 
         Returns:
             The version now active.

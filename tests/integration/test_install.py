@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -35,7 +35,8 @@ class Engine:
     def __init__(self, job: Job) -> None:
         self.live: list[dict[str, Tensor]] = [{}, {}]
         self.fails_on: int | None = None
-        self.waits_for = lambda: True  # what a rank that does not fail waits for while it installs
+        # What a rank that does not fail waits for while it installs.
+        self.waits_for: Callable[[int], bool] = lambda rank: True
         layout = rules.vllm(CONFIG, tp=2)
         self.sinks = [
             Sink(
@@ -54,17 +55,17 @@ class Engine:
         if rank == self.fails_on:
             raise RuntimeError("the kernels do not take it")
         deadline = time.monotonic() + 10.0
-        while not self.waits_for() and time.monotonic() < deadline:
+        while not self.waits_for(rank) and time.monotonic() < deadline:
             time.sleep(0.001)
         self.live[rank] = {name: tensor.clone() for name, tensor in staged.items()}
 
-    def refit(self) -> list[BaseException | int]:
+    def refit(self, timeout_s: float = 20.0) -> list[BaseException | int]:
         """Both ranks at once; what each of them said."""
         found: list[BaseException | int] = [0, 0]
 
         def one(rank: int) -> None:
             try:
-                found[rank] = self.sinks[rank].refit(timeout_s=20.0)
+                found[rank] = self.sinks[rank].refit(timeout_s=timeout_s)
             except Exception as error:  # noqa: BLE001 - the test looks at it
                 found[rank] = error
 
@@ -119,12 +120,24 @@ def test_nothing_to_adopt(engine: Engine) -> None:
     assert engine.sinks[0].wait_committed(0.05) is None
 
 
+def test_a_rank_that_copies_longer_than_the_deadline_tears_nothing(
+    job: Job, engine: Engine
+) -> None:
+    """The other has its new weights by then and cannot go back."""
+    with Source(weights(), job=job, rank=0, world_size=1) as source:
+        source.publish()
+        assert [sink.wait_committed(5.0) for sink in engine.sinks] == [1, 1]
+        begin, limit_s = time.monotonic(), 1.0
+        engine.waits_for = lambda rank: rank == 0 or time.monotonic() > begin + 2 * limit_s
+        assert engine.refit(limit_s) == [1, 1]
+
+
 def test_a_rank_that_fails_tears_its_replica(job: Job, engine: Engine) -> None:
     with Source(weights(), job=job, rank=0, world_size=1) as source:
         source.publish()
         engine.fails_on = 1
         # It is told that the other rank failed while it is still busy.
-        engine.waits_for = lambda: engine.sinks[0].is_torn
+        engine.waits_for = lambda rank: engine.sinks[0].is_torn
         said = engine.refit()
         assert isinstance(said[0], TornError)
         assert isinstance(said[1], RuntimeError)
@@ -132,7 +145,7 @@ def test_a_rank_that_fails_tears_its_replica(job: Job, engine: Engine) -> None:
         assert [sink.version for sink in engine.sinks] == [None, None]
         # The next version repairs it.
         engine.fails_on = None
-        engine.waits_for = lambda: True
+        engine.waits_for = lambda rank: True
         source.publish()
         assert engine.refit() == [2, 2]
         assert [sink.is_torn for sink in engine.sinks] == [False, False]

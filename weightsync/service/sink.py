@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _DRAIN_S = 5.0
 _WITHDRAW_S = 2.0  # one answer of a living coordinator
+_SETTLE_S = 5.0  # the other ranks copy in the same pause; a lost one is said at its lease's end
 
 
 class SinkHooks(Protocol):
@@ -106,7 +107,8 @@ class SinkMember(Member):
         Args:
             version: Smallest version to accept, after older ones if they come first; None: any
                 newer one.
-            timeout_s: Deadline of the whole call.
+            timeout_s: Deadline of the whole call; one that has applied waits for the others
+                5 s longer for the others.
 
         Returns:
             The version that the weights now hold.
@@ -238,6 +240,8 @@ class SinkMember(Member):
         return pb.SinkSeconds(fill=spans.get("fill", 0.0), verify=verify, pause=spans["pause"])
 
     def _wait_active(self, version: int, deadline: float) -> bool:
+        # The weights have changed: giving up now would only tear the replica.
+        deadline = max(deadline, time.monotonic() + _SETTLE_S)
         with self.changed:
             while self.active_version != version:
                 self._raise_if_torn()
