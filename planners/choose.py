@@ -68,12 +68,22 @@ class Election:
     part_dim: IntArray
 
 
-def find_holder_sets(classes: TensorClasses, boxes: Boxes, regions: Regions) -> HolderSets:
-    """Group boxes by who holds them and sum up what must be sent."""
+def find_holder_sets(
+    classes: TensorClasses, boxes: Boxes, regions: Regions, is_scales: BoolArray
+) -> HolderSets:
+    """Group boxes by who holds them and sum up what must be sent.
+
+    Args:
+        classes: The wanted tensors.
+        boxes: What sources hold.
+        regions: What sinks need of them.
+        is_scales: Classes of scales, `(C,)`: they go with their codes, and count as nothing.
+    """
     counts = np.diff(boxes.member_start)
     first, of = unique_runs(counts, [boxes.member_rank])
     owner, local = expand(counts[first])
     box_nbytes = sum_by(regions.box, regions.nbytes, len(counts))
+    box_nbytes[is_scales[boxes.tclass]] = 0
     num_tensors = np.bincount(classes.of, minlength=len(classes.first))
     return HolderSets(
         of=of,
@@ -205,12 +215,25 @@ def check_shares(shares: Shares, sets: HolderSets) -> None:
 
 
 def elect(
-    classes: TensorClasses, boxes: Boxes, regions: Regions, sets: HolderSets, shares: Shares
+    classes: TensorClasses,
+    boxes: Boxes,
+    regions: Regions,
+    sets: HolderSets,
+    shares: Shares,
+    cell: IntArray,
 ) -> Election:
     """Give every box of every tensor a sender, so that each rank sends its quotas.
 
-    A rank's load differs from the sum of its quotas by at most one slice of a box (one index of
+    A rank's load differs from the sum of its quotas by at most one slice of a box (one cell along
     its outermost dim) for each holder set in which it shares.
+
+    Args:
+        classes: The wanted tensors.
+        boxes: What sources hold.
+        regions: What sinks need of them.
+        sets: Who holds the same boxes.
+        shares: Quotas of the ranks.
+        cell: Elements that stay together, of each class, `(C, 4)`.
     """
     num_boxes = np.diff(boxes.class_start)[classes.of]
     tensor, local = expand(num_boxes)
@@ -239,6 +262,7 @@ def elect(
         first_edge[split],
         quota_end,
         start[split],
+        cell[boxes.tclass[box[line[split]]]],
     )
     owner, part, lo, hi, dim = parts
     item = line[split[owner]]
@@ -262,8 +286,9 @@ def _split(
     first_edge: IntArray,
     quota_end: IntArray,
     start: IntArray,
+    cell: IntArray,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
-    """Cut boxes along their outermost dim where quotas end, to the nearest index.
+    """Cut boxes along their outermost dim where quotas end, to the nearest index or cell.
 
     Returns:
         `(owner, part, lo, hi, dim)` of all non-empty parts: position in `box`, number of the part,
@@ -293,6 +318,10 @@ def _split(
         low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
     up = np.minimum(low + 1, length[cut])
     index = np.where(below(up) - target < target - below(low), up, low)
+    origin, rows = boxes.lo[box, dim][cut], np.arange(len(box))
+    size = np.where(boxes.step[box, dim] == 1, cell[rows, dim], 1)[cut]
+    nearest = (origin + index + size // 2) // size * size - origin
+    index = np.where(size > 1, np.clip(nearest, 0, length[cut]), index)
     # Parts between consecutive cuts; those that vanish by rounding are dropped.
     owner, part = expand(num_cuts + 1)
     border = starts_of(num_cuts)[owner] + part

@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from weightsync.ir.manifest import Manifest
+from weightsync.ir.recipes import EncodingTable
 from weightsync.ir.tables import IntArray, expand, unique_rows, unique_runs
 
 __all__ = ["TensorClasses", "classify"]
@@ -46,13 +47,16 @@ class TensorClasses:
         return owner, start[owner] + local
 
 
-def classify(source: Manifest, sink: Manifest, tensor_in_source: IntArray) -> TensorClasses:
+def classify(
+    source: Manifest, sink: Manifest, tensor_in_source: IntArray, table: EncodingTable
+) -> TensorClasses:
     """Find the tensors that some sink wants and group them into classes.
 
     Args:
         source: Merged manifest of the sources.
         sink: Merged manifest of the sinks.
         tensor_in_source: Source tensor number of each sink tensor, `(T_sink,)`; -1 if unknown.
+        table: What sources encode: scales are alike only if their codes are.
 
     Cost: O(P log T) for P pieces, a few passes over the piece columns.
     """
@@ -67,6 +71,14 @@ def classify(source: Manifest, sink: Manifest, tensor_in_source: IntArray) -> Te
     _, src_kind = unique_runs(src_count, _placement(source, src_start, src_count))
     _, dst_kind = unique_runs(dst_count, _placement(sink, dst_start, dst_count))
     first, of = unique_rows([sink.tensors.shape[wanted], src_kind, dst_kind])
+    if len(table):
+        of_codes = np.full(len(sink.tensors), -1)
+        kind = np.full(len(sink.tensors), -1)
+        kind[wanted] = of
+        of_codes[table.scales] = kind[table.codes]
+        recipe = np.full(len(sink.tensors), -1)
+        recipe[table.codes] = table.recipe
+        first, of = unique_rows([of, of_codes[wanted], recipe[wanted]])
     return TensorClasses(wanted, of, first, src_start, src_count, dst_start, dst_count)
 
 

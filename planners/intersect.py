@@ -14,6 +14,7 @@ import numpy as np
 
 from weightsync.errors import DtypeMismatchError
 from weightsync.ir.dtypes import CAST_TABLE, Dtype
+from weightsync.ir.encoded import Encoded, made_rows
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import intersect_progressions
 from weightsync.ir.tables import (
@@ -30,13 +31,13 @@ from weightsync.ir.tables import (
 from weightsync.planners.classes import TensorClasses
 from weightsync.planners.faults import gap_error, overlap_error
 
-__all__ = ["Boxes", "Regions", "find_boxes", "intersect"]
+__all__ = ["Boxes", "Held", "Regions", "find_boxes", "intersect", "join"]
 
 _BLOCK: Final = 1 << 18  # candidate pairs at a time: bounds memory where many do not intersect
 
 
 @dataclasses.dataclass(frozen=True)
-class _Held:
+class Held:
     """Boxes with an owner: rows of stepped boxes, each of one class.
 
     Attributes:
@@ -51,8 +52,9 @@ class _Held:
     n: IntArray
     step: IntArray
 
-    def take(self, index: IntArray) -> _Held:
-        return _Held(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+    def take(self, index: IntArray) -> Held:
+        """Return the rows of an index array."""
+        return Held(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ def find_boxes(classes: TensorClasses, source: Manifest, sink: Manifest) -> Boxe
     """
     pieces = source.pieces
     tclass, piece = classes.representatives(side="source")
-    held = _Held(tclass, piece, pieces.lo[piece], pieces.n[piece], pieces.step[piece])
+    held = Held(tclass, piece, pieces.lo[piece], pieces.n[piece], pieces.step[piece])
     shape = sink.tensors.shape[classes.tensor[classes.first]]
     first, box = _distinct(held)
     pairs = _overlaps(held.take(first), shape)
@@ -142,7 +144,9 @@ def find_boxes(classes: TensorClasses, source: Manifest, sink: Manifest) -> Boxe
     )
 
 
-def intersect(classes: TensorClasses, boxes: Boxes, source: Manifest, sink: Manifest) -> Regions:
+def intersect(
+    classes: TensorClasses, boxes: Boxes, source: Manifest, sink: Manifest, encoded: Encoded
+) -> Regions:
     """Intersect boxes with sink pieces; prove that every sink piece is covered exactly.
 
     Raises:
@@ -151,10 +155,10 @@ def intersect(classes: TensorClasses, boxes: Boxes, source: Manifest, sink: Mani
     """
     pieces = sink.pieces
     tclass, piece = classes.representatives(side="sink")
-    needed = _Held(tclass, piece, pieces.lo[piece], pieces.n[piece], pieces.step[piece])
-    held = _Held(boxes.tclass, np.arange(len(boxes.tclass)), boxes.lo, boxes.n, boxes.step)
+    needed = Held(tclass, piece, pieces.lo[piece], pieces.n[piece], pieces.step[piece])
+    held = Held(boxes.tclass, np.arange(len(boxes.tclass)), boxes.lo, boxes.n, boxes.step)
     shape = sink.tensors.shape[classes.tensor[classes.first]]
-    a, b, lo, n, step = _join(held, needed, shape)
+    a, b, lo, n, step = join(held, needed, shape)
     order = np.lexsort((b, a))
     a, b, lo, n, step = a[order], b[order], lo[order], n[order], step[order]
     volume = volume_of(n)
@@ -163,7 +167,7 @@ def intersect(classes: TensorClasses, boxes: Boxes, source: Manifest, sink: Mani
         mine = b == row
         raise gap_error(sink, int(piece[row]), lo[mine], n[mine], step[mine])
     buffer = pieces.buffer[piece[b]]
-    _check_casts(boxes, a, piece[b], source, sink)
+    _check_casts(boxes, a, piece[b], sink, encoded)
     return Regions(
         box=a,
         piece=piece[b],
@@ -175,19 +179,19 @@ def intersect(classes: TensorClasses, boxes: Boxes, source: Manifest, sink: Mani
     )
 
 
-def _distinct(held: _Held) -> tuple[IntArray, IntArray]:
+def _distinct(held: Held) -> tuple[IntArray, IntArray]:
     """Find equal boxes; the distinct ones keep the order of the rows, hence of the classes."""
     return unique_rows([held.tclass, held.lo, held.n, held.step])
 
 
-def _overlaps(boxes: _Held, shape: IntArray) -> tuple[IntArray, IntArray]:
+def _overlaps(boxes: Held, shape: IntArray) -> tuple[IntArray, IntArray]:
     """Return the pairs of distinct boxes of one class that share elements."""
-    a, b, *_ = _join(boxes, boxes, shape, only_later=True)
+    a, b, *_ = join(boxes, boxes, shape, only_later=True)
     return a, b
 
 
-def _join(
-    held: _Held, needed: _Held, shape: IntArray, *, only_later: bool = False
+def join(
+    held: Held, needed: Held, shape: IntArray, *, only_later: bool = False
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
     """Intersect all pairs of one class: indices of both sides and the boxes `lo, n, step`."""
     found = []
@@ -207,7 +211,7 @@ def _join(
     return a, b, lo, n, step
 
 
-def _candidates(held: _Held, needed: _Held, shape: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+def _candidates(held: Held, needed: Held, shape: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
     """Yield pairs that may intersect, block by block.
 
     All classes lie one after the other on one line, each along its most discriminating dim. Sorted
@@ -236,7 +240,7 @@ def _candidates(held: _Held, needed: _Held, shape: IntArray) -> Iterator[tuple[I
 class _Line:
     """Both sides as intervals on one line; for each needed box its candidates in sorted order."""
 
-    def __init__(self, held: _Held, needed: _Held, base: IntArray, dim: IntArray) -> None:
+    def __init__(self, held: Held, needed: Held, base: IntArray, dim: IntArray) -> None:
         held_lo, held_hi = self._interval(held, base, dim)
         needed_lo, needed_hi = self._interval(needed, base, dim)
         self.order = np.argsort(held_lo, kind="stable")
@@ -246,14 +250,14 @@ class _Line:
         self.count = np.searchsorted(starts, needed_hi, side="left") - self.first
 
     @staticmethod
-    def _interval(boxes: _Held, base: IntArray, dim: IntArray) -> tuple[IntArray, IntArray]:
+    def _interval(boxes: Held, base: IntArray, dim: IntArray) -> tuple[IntArray, IntArray]:
         rows, column = np.arange(len(boxes.tclass)), dim[boxes.tclass]
         lo, n, step = (c[rows, column] for c in (boxes.lo, boxes.n, boxes.step))
         start = base[boxes.tclass] + lo
         return start, start + (n - 1) * step + 1
 
 
-def _cut(held: _Held, clashing: BoolArray, shape: IntArray) -> _Held:
+def _cut(held: Held, clashing: BoolArray, shape: IntArray) -> Held:
     """Cut boxes at the borders of those of their class that overlap others, dim by dim.
 
     Only dims with step 1 are cut; boxes that still overlap afterwards cannot be separated.
@@ -279,9 +283,12 @@ def _cut(held: _Held, clashing: BoolArray, shape: IntArray) -> _Held:
 
 
 def _check_casts(
-    boxes: Boxes, box: IntArray, sink_piece: IntArray, source: Manifest, sink: Manifest
+    boxes: Boxes, box: IntArray, sink_piece: IntArray, sink: Manifest, encoded: Encoded
 ) -> None:
     """Check that every holder's dtype can be cast to the dtype of every sink that wants it."""
+    source, pieces = encoded.source, sink.pieces
+    made = made_rows(encoded, sink, pieces.tensor[sink_piece], pieces.buffer[sink_piece])
+    box, sink_piece = box[~made], sink_piece[~made]
     if not len(box):
         return
     dtype = source.buffers.dtype[source.pieces.buffer[boxes.member_piece]].astype(np.int64)

@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from weightsync.ir.encoded import Encoded, made_rows
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import hull_elements
 from weightsync.ir.plan import PlanOptions
@@ -55,12 +56,12 @@ class Lowered:
     is_packed: BoolArray
 
 
-def lower(copies: CopyTable, source: Manifest, sink: Manifest, options: PlanOptions) -> Lowered:
+def lower(copies: CopyTable, encoded: Encoded, sink: Manifest, options: PlanOptions) -> Lowered:
     """Turn copies of whole source ranks into rows and chunks.
 
     Args:
         copies: One per region and sender; all copies of the ranks concerned, in any order.
-        source: Merged manifest.
+        encoded: The sources.
         sink: Merged manifest.
         options: Budgets.
 
@@ -69,7 +70,7 @@ def lower(copies: CopyTable, source: Manifest, sink: Manifest, options: PlanOpti
 
     Cost: a few sorts of the rows.
     """
-    memory = _Memory(source, sink)
+    memory = _Memory(encoded, sink)
     nbytes = memory.nbytes(copies)
     # Most copies are one run of a good length; only the others need a closer look.
     simple = memory.is_straight(copies) & (nbytes <= options.write_bytes)
@@ -88,7 +89,9 @@ def lower(copies: CopyTable, source: Manifest, sink: Manifest, options: PlanOpti
 class _Memory:
     """Where copies read and write: element sizes, and all sink buffers on one line."""
 
-    def __init__(self, source: Manifest, sink: Manifest) -> None:
+    def __init__(self, encoded: Encoded, sink: Manifest) -> None:
+        source = encoded.source
+        self._encoded, self._sink = encoded, sink
         self.src_dtype, self.dst_dtype = source.buffers.dtype, sink.buffers.dtype
         self.src_rank = source.buffers.rank.astype(np.int64)
         self.itemsize = sink.buffers.itemsize
@@ -108,9 +111,15 @@ class _Memory:
         return volume_of(copies.n) * self.itemsize[copies.dst_buffer]
 
     def keeps_dtype(self, copies: CopyTable) -> BoolArray:
-        """Whether each copy needs no cast."""
+        """Whether each copy is neither cast nor encoded."""
         same = self.src_dtype[copies.src_buffer] == self.dst_dtype[copies.dst_buffer]
+        if len(self._encoded.table):
+            same &= ~made_rows(self._encoded, self._sink, copies.tensor, copies.dst_buffer)
         return np.asarray(same)
+
+    def cells(self, copies: CopyTable) -> IntArray:
+        """Elements of codes that share a scale, of each copy, `(R, 4)`."""
+        return self._encoded.cell[copies.tensor]
 
     def is_straight(self, copies: CopyTable) -> BoolArray:
         """Whether each copy is one contiguous run on both sides, without a cast."""
@@ -149,6 +158,11 @@ def _every(n: IntArray, inside: BoolArray, limit: IntArray) -> IntArray:
         every[:, dim] = np.where(inside[:, dim], -(-n[:, dim] // parts), 1)
         inner *= n[:, dim]
     return every
+
+
+def _whole_cells(every: IntArray, n: IntArray, cell: IntArray) -> IntArray:
+    """Cut between cells where parts are long enough: an encoder then reads each cell once."""
+    return np.where((every < n) & (every >= cell), every // cell * cell, every)
 
 
 def _cuts(every: IntArray, phase: IntArray, order: IntArray) -> Cuts:
@@ -202,7 +216,8 @@ def _aligned_cuts(
     n, stride = take_dims(copies.n, order), take_dims(copies.dst_stride, order)
     inside, _ = runs(n, stride)
     limit = options.packed_bytes // memory.itemsize[copies.dst_buffer]
-    every = _every(n, inside, limit)
+    cell = take_dims(memory.cells(copies), order)
+    every = _whole_cells(_every(n, inside, limit), n, cell)
     phase = np.zeros_like(every)
     # The block is cut along the outermost dim whose period fits: dims outside go one by one,
     # dims inside stay whole. If the run alone fills the limit, `_every` has cut it already.
@@ -218,6 +233,7 @@ def _aligned_cuts(
         np.minimum.at(origin, group, copies.dst_offset[wide])
         every[wide] = np.where(np.arange(MAX_DIMS) < dim[:, None], n[wide], 1)
         every[wide, dim] = limit[wide] // period
+        every[wide] = _whole_cells(every[wide], n[wide], cell[wide])
         phase[wide, dim] = (copies.dst_offset[wide] - origin[group]) // period % every[wide, dim]
     return _cuts(every, phase, order)
 

@@ -1,8 +1,8 @@
 """plan_transfer: from the manifests of both sides to a validated plan.
 
-Stages: classify -> find boxes -> intersect -> choose -> stamp -> lower -> order. Everything up to
-`stamp` works on one representative per class of tensors; `lower` works on blocks of whole source
-ranks, so that temporaries stay small whatever the size of the plan.
+Stages: encode -> classify -> find boxes -> intersect -> choose -> stamp -> lower -> order.
+Everything up to `stamp` works on one representative per class of tensors; `lower` works on blocks
+of whole source ranks, so that temporaries stay small whatever the size of the plan.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Final
 import numpy as np
 
 from weightsync.errors import LayoutError, PlanBudgetError, UnknownTensorError
+from weightsync.ir.encoded import Encoded, made_rows
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import CONSTANT
 from weightsync.ir.plan import (
     BucketTable,
     ChunkTable,
+    MaxTable,
     Plan,
     PlanOptions,
     RowKind,
@@ -26,9 +28,10 @@ from weightsync.ir.plan import (
     Shares,
 )
 from weightsync.ir.tables import IntArray, expand, starts_of
-from weightsync.planners import choose
+from weightsync.planners import choose, encode
 from weightsync.planners.classes import TensorClasses, classify
 from weightsync.planners.copies import CopyTable
+from weightsync.planners.encode import CodeCells
 from weightsync.planners.intersect import Boxes, Regions, find_boxes, intersect
 from weightsync.planners.lower import Lowered, lower
 from weightsync.planners.order import cut_buckets
@@ -77,9 +80,17 @@ def plan_transfer(
         shares = choose.solve(inputs.sets)
     else:
         choose.check_shares(shares, inputs.sets)
-    election = choose.elect(inputs.classes, inputs.boxes, inputs.regions, inputs.sets, shares)
+    like = inputs.classes.tensor[inputs.classes.first]
+    election = choose.elect(
+        inputs.classes, inputs.boxes, inputs.regions, inputs.sets, shares, inputs.encoded.cell[like]
+    )
+    maxima = MaxTable.empty()
+    if len(inputs.encoded.table):
+        parts = inputs.classes, inputs.boxes
+        election = encode.follow_codes(election, *parts, inputs.cells, sink.tensors.shape[like])
+        maxima = encode.shared_maxima(inputs.encoded, sink, *parts, election, inputs.cells)
     stamped = stamp(inputs.classes, inputs.boxes, inputs.regions, election, options.max_rows)
-    rows, chunks, buckets = _lower_all(stamped, inputs, source, sink, options)
+    rows, chunks, buckets = _lower_all(stamped, inputs, sink, options)
     plan = Plan(
         source=source,
         sink=sink,
@@ -88,6 +99,7 @@ def plan_transfer(
         buckets=buckets,
         shares=shares,
         options=options,
+        maxima=maxima,
     )
     plan.validate()
     return plan
@@ -112,21 +124,29 @@ def solve_shares(source: Manifest, sink: Manifest, options: PlanOptions | None =
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """What both entry points need: classes, boxes, regions and holder sets."""
+    """What both entry points need: what is encoded, classes, boxes, regions and holder sets."""
 
+    encoded: Encoded
     classes: TensorClasses
     boxes: Boxes
     regions: Regions
     sets: choose.HolderSets
+    cells: CodeCells
 
     @classmethod
     def of(cls, source: Manifest, sink: Manifest, options: PlanOptions) -> _Inputs:
         if source.side != "source" or sink.side != "sink":
             raise LayoutError(f"plan from a source to a sink, not {source.side} to {sink.side}")
-        classes = classify(source, sink, _match_tensors(source, sink, options))
-        boxes = find_boxes(classes, source, sink)
-        regions = intersect(classes, boxes, source, sink)
-        return cls(classes, boxes, regions, choose.find_holder_sets(classes, boxes, regions))
+        encoded = Encoded.of(source, sink)
+        held = encoded.source
+        match = _match_tensors(held, sink, options)
+        classes = classify(held, sink, match, encoded.table)
+        cells = CodeCells.of(classes, encoded, len(sink.tensors))
+        boxes = find_boxes(classes, held, sink)
+        regions = intersect(classes, boxes, held, sink, encoded)
+        is_scales = cells.is_scales[classes.first]
+        sets = choose.find_holder_sets(classes, boxes, regions, is_scales)
+        return cls(encoded, classes, boxes, regions, sets, cells)
 
 
 def _match_tensors(source: Manifest, sink: Manifest, options: PlanOptions) -> IntArray:
@@ -182,16 +202,18 @@ def _blocks(src_rank: IntArray) -> Iterator[slice]:
 
 
 def _lower_all(
-    stamped: Stamped, inputs: _Inputs, source: Manifest, sink: Manifest, options: PlanOptions
+    stamped: Stamped, inputs: _Inputs, sink: Manifest, options: PlanOptions
 ) -> tuple[RowTable, ChunkTable, BucketTable]:
     """Lower block by block and number rows, chunks and buckets through."""
     row_tables, chunk_tables, bucket_tables = [], [], []
     num_rows = num_chunks = num_buckets = 0
+    source = inputs.encoded.source
     for block in _blocks(stamped.src_rank):
         copies = stamped.copies(block, inputs.classes, inputs.boxes, source, sink)
-        lowered = lower(copies, source, sink, options)
+        lowered = lower(copies, inputs.encoded, sink, options)
         buckets, order = cut_buckets(lowered, sink, options)
-        rows, chunks = _tables(lowered, buckets, order, sink, num_rows, num_chunks, num_buckets)
+        starts = num_rows, num_chunks, num_buckets
+        rows, chunks = _tables(lowered, buckets, order, inputs.encoded, sink, starts)
         row_tables.append(rows)
         chunk_tables.append(chunks)
         bucket_tables.append(
@@ -221,12 +243,12 @@ def _tables(
     lowered: Lowered,
     buckets: BucketTable,
     order: IntArray,
+    encoded: Encoded,
     sink: Manifest,
-    num_rows: int,
-    num_chunks: int,
-    num_buckets: int,
+    starts: tuple[int, int, int],
 ) -> tuple[RowTable, ChunkTable]:
-    """Bring rows and chunks into the order of the buckets and number them."""
+    """Bring rows and chunks into the order of the buckets and number them from `starts` on."""
+    num_rows, num_chunks, num_buckets = starts
     counts = np.diff(lowered.row_start)[order]
     owner, local = expand(counts)
     rows: CopyTable = lowered.rows.take(lowered.row_start[order][owner] + local)
@@ -244,7 +266,8 @@ def _tables(
         row_hi=row_start[1:],
     )
     columns = {name: getattr(rows, name) for name in CopyTable.COLUMNS}
-    kind = np.full(len(rows), RowKind.COPY, np.uint8)
+    made = made_rows(encoded, sink, rows.tensor, rows.dst_buffer)
+    kind = np.where(made, RowKind.ENCODE, RowKind.COPY).astype(np.uint8)
     return RowTable(kind=kind, chunk=(owner + num_chunks).astype(np.int32), **columns), chunks
 
 

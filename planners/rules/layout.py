@@ -52,7 +52,12 @@ class RuleLayout(ABC):
                 side=self.side,
             )
         builder = ManifestBuilder(self.side, f"{self.side} {rank}")
-        write(builder, self.parameters(rank), self.tensors(), self.dtype)
+        shapes = self.tensors()
+        write(builder, self.parameters(rank), shapes, self.dtype)
+        for recipe, values, codes, scales in self.encodings():
+            if builder.has(codes):
+                builder.tensor(values, shapes[values])
+                builder.encode(recipe, values, codes, scales)
         return builder.build()
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
@@ -62,6 +67,14 @@ class RuleLayout(ABC):
             Shape by name: the BF16 checkpoint's, unless a layout holds quantized tensors.
         """
         return canonical_tensors(self.config)
+
+    def encodings(self) -> Iterable[tuple[str, str, str, str]]:
+        """Lists what sources may have to encode.
+
+        Returns:
+            Recipe, and the names of the values, codes and scales, of each encoded tensor.
+        """
+        return ()
 
     @abstractmethod
     def parameters(self, rank: int) -> Iterable[Parameter]:

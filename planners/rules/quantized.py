@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from weightsync.errors import ConfigError
 from weightsync.ir.dtypes import Dtype
+from weightsync.ir.recipes import recipe_named
 from weightsync.planners.rules.config import ModelConfig
 
-__all__ = ["MX_BLOCK", "is_unconverted", "quantized_tensor"]
+__all__ = ["MX_BLOCK", "encoded_config", "encoded_names", "is_unconverted", "quantized_tensor"]
 
 MX_BLOCK = 32
 """Elements that share a scale in MXFP4 (OCP Microscaling Formats 1.0, section 5)."""
@@ -20,6 +23,57 @@ Shape = tuple[int, ...]
 # of these families quantizes its head.
 _LINEAR = re.compile(r"(.+\.(?:\w+_proj|kv_a_proj_with_mqa))\.weight")
 _MX_EXPERTS = re.compile(r"(.+\.mlp\.experts)\.(?:gate_up|down)_proj")
+
+
+def encoded_config(config: ModelConfig, encoding: str) -> ModelConfig:
+    """Says what the checkpoint would be that an engine with this encoding loads.
+
+    Args:
+        config: The model, as published in BF16 or quantized.
+        encoding: Name of a recipe.
+
+    Returns:
+        The model with the quantization that the recipe makes.
+
+    Raises:
+        ConfigError: There is no such recipe, or none of that name for this model.
+    """
+    recipe = recipe_named(encoding)
+    method = "fp8" if recipe.name == "fp8_block" else recipe.name
+    block = (recipe.cell[0], recipe.cell[1]) if method == "fp8" else None
+    fits = (method == "mxfp4") == (config.model_type == "gpt_oss")
+    same = config.quantization in (None, method) and config.weight_block_size in (None, block)
+    if not fits or not same:
+        raise ConfigError(
+            f"{config.model_type}: rollout encoding {encoding!r} is none that engines have for it; "
+            f"its config says quant_method {config.quantization!r} in blocks of "
+            f"{config.weight_block_size}. Block FP8 (128 x 128) is for all but gpt_oss, mxfp4 for "
+            "gpt_oss; leave the encoding out for BF16",
+            key="encoding",
+        )
+    if config.quantization is None:
+        # As Qwen3-*-FP8 is published: routers and heads stay as they are.
+        config = dataclasses.replace(config, unconverted_modules=("mlp.gate", "lm_head"))
+    return dataclasses.replace(config, quantization=method, weight_block_size=block)
+
+
+def encoded_names(
+    config: ModelConfig, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, str, str]]:
+    """Pairs the tensors of the BF16 checkpoint with those that take their places.
+
+    Args:
+        config: The model, with its quantization.
+        shapes: The BF16 checkpoint's.
+
+    Yields:
+        Names of the values, their codes and their scales.
+    """
+    for name, shape in shapes.items():
+        found = quantized_tensor(config, name, shape)
+        if found is not None:
+            codes, scales = found
+            yield name, codes, scales
 
 
 def quantized_tensor(

@@ -15,6 +15,7 @@ from weightsync.planners.rules.canonical import (
 from weightsync.planners.rules.config import ConfigLike, model_config
 from weightsync.planners.rules.layout import RuleLayout, checked_degree, named_dtype
 from weightsync.planners.rules.parts import Parameter, rows
+from weightsync.planners.rules.quantized import encoded_config, encoded_names
 from weightsync.planners.rules.vllm_parts.attention import attention, latent_attention
 from weightsync.planners.rules.vllm_parts.checks import check_model, checked_degrees
 from weightsync.planners.rules.vllm_parts.degrees import Degrees
@@ -37,12 +38,14 @@ class VllmLayout(RuleLayout):
         vocab_padding: Rows of the embeddings are padded to a multiple of this.
         quantized: Whether the engine holds the checkpoint that `quantization_config` describes.
         mxfp4_padding: Multiples that a rank's width of experts and the hidden size are padded to.
+        encoding: Recipe that sources encode BF16 weights by; None: they hold what the engine does.
     """
 
     degrees: Degrees
     vocab_padding: int
     quantized: bool
     mxfp4_padding: tuple[int, int]
+    encoding: str | None
 
     @property
     def ep(self) -> int:
@@ -51,7 +54,14 @@ class VllmLayout(RuleLayout):
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Gives the shapes of the canonical tensors; see `RuleLayout.tensors`."""
-        return canonical_tensors(self.config, quantized=self.quantized)
+        held = canonical_tensors(self.config, quantized=self.quantized)
+        return held if self.encoding is None else {**canonical_tensors(self.config), **held}
+
+    def encodings(self) -> Iterator[tuple[str, str, str, str]]:
+        """Lists what sources encode; see `RuleLayout.encodings`."""
+        if self.encoding is not None:
+            for names in encoded_names(self.config, canonical_tensors(self.config)):
+                yield (self.encoding, *names)
 
     def parameters(self, rank: int) -> Iterator[Parameter]:
         """Lists vLLM's parameters; see `RuleLayout.parameters`."""
@@ -107,6 +117,7 @@ def vllm(
     dtype: str | Dtype = "BF16",
     vocab_padding: int = 64,
     quantized: bool | None = None,
+    encoding: str | None = None,
     expert_placement: str = "linear",
     num_redundant_experts: int = 0,
     expert_map: Sequence[Sequence[int]] | None = None,
@@ -131,6 +142,8 @@ def vllm(
         quantized: Whether the engine holds the checkpoint that `quantization_config` describes
             (block FP8, or MXFP4 of gpt-oss); sources must hold its tensors. False: BF16, whatever
             the config says. None: as the config says.
+        encoding: Recipe (`fp8_block`, or `mxfp4` of gpt-oss) that the engine stores weights by and
+            that sources of BF16 weights are to encode them by; implies `quantized`.
         expert_placement: `linear` or `round_robin` (`--expert-placement-strategy`). As in vLLM the
             latter falls back to the former without groups of experts, with redundant experts, and
             with dp over backends that cannot route so.
@@ -165,6 +178,8 @@ def vllm(
         ),
         ep,
     )
+    if encoding is not None:
+        model, quantized = encoded_config(model, encoding), True
     is_quantized = model.quantization is not None if quantized is None else quantized
     check_model(model, degrees, vocab_padding, mxfp4_padding, quantized=is_quantized)
     layout = VllmLayout(
@@ -176,6 +191,7 @@ def vllm(
         vocab_padding,
         is_quantized,
         mxfp4_padding,
+        encoding,
     )
     if is_quantized:
         for stage in range(pp):  # scales that no rank can hold; tp ranks are alike

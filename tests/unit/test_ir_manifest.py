@@ -188,7 +188,7 @@ def test_bytes_round_trip_and_bad_bytes_are_named() -> None:
         (b"x" + data[1:], "wrong magic or size"),
         (data[:-1], "header announces"),
         (data + b"\0", "header announces"),
-        (data.replace(b"manifest/1", b"manifest/2"), "both sides need the same release"),
+        (data.replace(b"manifest/1", b"manifest/3"), "both sides need the same release"),
         (data.replace(b'"side":"source"', b'"side":"middle"'), "unknown side"),
         (data[:8] + b"\xff\xff\xff\x7f" + data[12:], "header of"),
         (data[:12] + b"\xff" + data[13:], "not JSON"),

@@ -149,9 +149,11 @@ def _set(index: Any, value: Any) -> Callable[[Any], None]:
     return lambda column: column.__setitem__(index, value)
 
 
-def test_kinds_that_are_not_built_are_refused_by_name() -> None:
-    for kind in (RowKind.ENCODE, RowKind.MAX, RowKind.HOP):
-        with pytest.raises(PlanError, match=f"kind {kind.name}, which this release"):
+def test_rows_are_of_the_kinds_that_their_tensors_need() -> None:
+    with pytest.raises(PlanError, match="encodes what is to be copied"):
+        _with(_plan(), "rows", kind=_set(-1, RowKind.ENCODE)).validate()
+    for kind in (RowKind.MAX, RowKind.HOP):
+        with pytest.raises(PlanError, match=f"kind {kind.name}, which no row of a plan has"):
             _with(_plan(), "rows", kind=_set(-1, kind)).validate()
 
 

@@ -267,6 +267,7 @@ def test_a_tiny_model_from_rules_moves_exactly(replicate: int, tp: int) -> None:
 
 def test_alike_tensors_are_planned_once() -> None:
     """Layers of one shape and placement form one class; others do not."""
+    from weightsync.ir.recipes import EncodingTable
     from weightsync.planners.classes import classify
 
     trainer, rollout = rules.fsdp2(TINY_QWEN3, fsdp=4), rules.vllm(TINY_QWEN3, tp=2)
@@ -274,7 +275,7 @@ def test_alike_tensors_are_planned_once() -> None:
     sink = Manifest.merge("sink", [rollout.manifest(r) for r in range(2)])
     index = source.tensors.index
     numbers = np.array([index[name] for name in sink.tensors.names])
-    classes = classify(source, sink, numbers)
+    classes = classify(source, sink, numbers, EncodingTable.empty())
     names = [sink.tensors.names[t] for t in classes.tensor]
     of = dict(zip(names, classes.of.tolist(), strict=True))
     layers = "model.layers.{}.self_attn.q_proj.weight"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import FineGrainedFP8Config
@@ -13,7 +15,11 @@ from transformers.integrations.mxfp4 import dequantize_convertops
 
 from support.layout_oracle import TINY_GPT_OSS, TINY_MODELS, build_model, piece_rows
 from weightsync.errors import ConfigError
+from weightsync.ir import Manifest, RowKind
 from weightsync.ir.dtypes import Dtype
+from weightsync.ir.recipes import EncodingTable
+from weightsync.planners import rules
+from weightsync.planners.planner import plan_transfer
 from weightsync.planners.rules import canonical_dtypes, canonical_tensors, hf, model_config
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
@@ -180,3 +186,69 @@ def test_the_quantization_is_part_of_the_config() -> None:
     config = model_config(MODELS / "deepseek-v3.json")
     assert (config.quantization, config.weight_block_size) == ("fp8", (128, 128))
     assert model_config(MODELS / "gpt-oss-120b.json").unconverted_modules[-1] == "lm_head"
+
+
+# Few layers and experts at true widths: block scales need them. Codes and scales in GB a layer
+# are small enough that nothing of this size is ever allocated: only planned.
+@pytest.mark.parametrize(
+    ("name", "encoding", "degrees", "fsdp"),
+    [
+        ("kimi-k2", "fp8_block", {"tp": 2, "dp": 2, "ep": True}, 3),
+        ("qwen3-30b-a3b", "fp8_block", {"tp": 4}, 3),
+        ("glm-4.5", "fp8_block", {"tp": 4, "ep": True}, 5),
+        ("gpt-oss-120b", "mxfp4", {"tp": 2}, 3),
+    ],
+)
+def test_sources_encode_what_the_quantized_checkpoint_holds(
+    name: str, encoding: str, degrees: dict[str, Any], fsdp: int
+) -> None:
+    config = json.loads((MODELS / f"{name}.json").read_text())["config"]
+    config |= {"num_hidden_layers": 2}
+    experts = ("n_routed_experts", "num_experts", "num_local_experts")
+    config |= {key: 8 for key in experts if key in config}
+    config |= {"first_k_dense_replace": 1} if "first_k_dense_replace" in config else {}
+    layout = rules.vllm(config, encoding=encoding, **degrees)
+    block = [128, 128] if encoding == "fp8_block" else None
+    quantized = {**config, "quantization_config": {
+        **config.get("quantization_config", {}),
+        "quant_method": "fp8" if block else "mxfp4", "weight_block_size": block,
+        "modules_to_not_convert": ["mlp.gate", "lm_head"] if block else
+        config.get("quantization_config", {}).get("modules_to_not_convert"),
+    }}  # fmt: skip
+    like = rules.vllm(quantized, quantized=True, **degrees)
+    ranks = [layout.manifest(rank) for rank in range(layout.world_size)]
+    for rank, manifest in enumerate(ranks):
+        plain = dataclasses.replace(manifest, encodings=EncodingTable.empty())
+        assert plain.pieces.tensor.max() < len(plain.tensors)
+        wanted = like.manifest(rank)
+        for column in ("names", "dtype", "numel"):
+            assert np.array_equal(getattr(plain.buffers, column), getattr(wanted.buffers, column))
+        for column in ("buffer", "lo", "n", "step", "offset", "stride"):
+            # Numbers of tensors differ: values of mxfp4 are named beside codes.
+            of = (
+                np.argsort(plain.pieces.buffer, kind="stable"),
+                np.argsort(wanted.pieces.buffer, kind="stable"),
+            )
+            a, b = getattr(plain.pieces, column)[of[0]], getattr(wanted.pieces, column)[of[1]]
+            assert np.array_equal(a, b), column
+    trainer = rules.fsdp2(config, fsdp=fsdp, dtype="BF16")
+    source = Manifest.merge("source", [trainer.manifest(rank) for rank in range(fsdp)])
+    plan = plan_transfer(source, Manifest.merge("sink", ranks))
+    made = plan.rows.take(plan.rows.kind == RowKind.ENCODE)
+    assert set(made.tensor.tolist()) == {*plan.encoded.table.codes, *plan.encoded.table.scales}
+    assert (len(plan.maxima) > 0) == (encoding == "fp8_block")
+
+
+def test_encodings_that_no_engine_has_are_refused() -> None:
+    kimi, gpt_oss = (
+        json.loads((MODELS / f"{n}.json").read_text()) for n in ("kimi-k2", "gpt-oss-120b")
+    )
+    for config, encoding in (
+        (kimi, "mxfp4"),
+        (gpt_oss, "fp8_block"),
+        (fp8(TINY_MODELS["qwen3"]), "fp8_block"),
+    ):
+        with pytest.raises(ConfigError, match="is none that engines have for it"):
+            rules.vllm(config, encoding=encoding)
+    with pytest.raises(ConfigError, match="no encoding is named 'fp3'"):
+        rules.vllm(kimi, encoding="fp3")

@@ -11,6 +11,7 @@ from weightsync.errors import LayoutError
 from weightsync.ir.dtypes import Dtype, fill_code
 from weightsync.ir.manifest import BufferTable, Manifest, Side, TensorTable
 from weightsync.ir.pieces import CONSTANT, PieceTable, sorted_pieces
+from weightsync.ir.recipes import RECIPES, EncodingTable, recipe_named
 from weightsync.ir.tables import MAX_DIMS, front_pad
 
 __all__ = ["ManifestBuilder"]
@@ -33,6 +34,7 @@ class ManifestBuilder:
         self._label = label
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._buffers: dict[str, tuple[Dtype, int]] = {}
+        self._encodings: dict[str, tuple[int, str, str]] = {}
         # (tensor or "", buffer, lo, n, step, offset, stride, fill); tuples not yet padded
         self._pieces: list[
             tuple[
@@ -62,6 +64,10 @@ class ManifestBuilder:
             )
         if self._shapes.setdefault(name, dims) != dims:
             raise self._error(f"tensor {name} declared with {self._shapes[name]} and {dims}", name)
+
+    def has(self, tensor: str) -> bool:
+        """Whether a tensor was declared."""
+        return tensor in self._shapes
 
     def buffer(self, name: str, dtype: Dtype | str, numel: int) -> None:
         """Declare one block of memory of this rank.
@@ -184,6 +190,23 @@ class ManifestBuilder:
             tensor, buffer, lo=lo, n=n, step=step, offset=start, stride=[strides[a] for a in axes]
         )
 
+    def encode(self, recipe: str, values: str, codes: str, scales: str) -> None:
+        """Declare that two tensors are codes and scales of a third; all must be declared.
+
+        Args:
+            recipe: Name of the recipe.
+            values: Canonical tensor of the BF16 checkpoint; a sink needs no piece of it.
+            codes: Tensor that stands in its place; may have the same name.
+            scales: Tensor of the cells' scales.
+
+        Raises:
+            LayoutError: Codes that were declared before, or a source.
+            ConfigError: No such recipe.
+        """
+        if self._side != "sink" or codes in self._encodings:
+            raise self._error(f"encoding of {codes}: declared twice, or on a source", codes)
+        self._encodings[codes] = (RECIPES.index(recipe_named(recipe)), values, scales)
+
     def constant(self, buffer: str, offset: int, n: _Ints, stride: _Ints, fill: float) -> None:
         """Declare buffer elements `offset + stride.i` that hold a constant (padding).
 
@@ -240,6 +263,23 @@ class ManifestBuilder:
                 np.array([numel for _, numel in facts], np.int64),
             ),
             pieces=sorted_pieces(pieces),
+            encodings=self._encoding_table(tensor_index),
+        )
+
+    def _encoding_table(self, index: dict[str, int]) -> EncodingTable:
+        rows = []
+        for codes, (recipe, values, scales) in sorted(self._encodings.items()):
+            for name in (values, codes, scales):
+                if name not in self._shapes:
+                    raise self._error(f"tensor {name} is encoded but not declared", name)
+            rows.append((recipe, index[values], index[codes], index[scales]))
+        columns = np.array(rows, np.int64).reshape(-1, 4).T
+        names = EncodingTable.COLUMNS
+        return EncodingTable(
+            **{
+                name: column.astype(dtype)
+                for (name, (dtype, _)), column in zip(names.items(), columns, strict=True)
+            }
         )
 
     def _dims(self, tensor: str, buffer: str) -> tuple[int, ...]:

@@ -15,11 +15,15 @@ from weightsync.errors import ConfigError, LayoutError
 from weightsync.ir import manifest_checks, serde
 from weightsync.ir.dtypes import ITEMSIZE
 from weightsync.ir.pieces import CONSTANT, PieceTable, sorted_pieces
+from weightsync.ir.recipes import EncodingTable, check_encodings
 from weightsync.ir.tables import MAX_DIMS, IntArray, Table
 
 __all__ = ["ARENA_ALIGN_BYTES", "Arena", "BufferTable", "Manifest", "Side", "TensorTable"]
 
 Side = Literal["source", "sink"]
+
+_SCHEMA: Final = "weightsync.manifest/1"
+_SCHEMA_ENCODED: Final = "weightsync.manifest/2"  # with a table of encodings; never an empty one
 
 ARENA_ALIGN_BYTES = 256  # alignment that GPU copies and wide CPU stores like
 _MAX_NUMEL = (
@@ -100,6 +104,7 @@ class Manifest:
         side: "source" (holds weights) or "sink" (needs them).
         ranks: Label of each rank for messages, e.g. "source 3".
         tensors, buffers, pieces: The tables.
+        encodings: Which tensors of a sink are codes and scales of which values.
 
     Raises:
         LayoutError: A piece leaves its tensor or buffer, or a table is not in canonical order.
@@ -111,9 +116,11 @@ class Manifest:
     tensors: TensorTable
     buffers: BufferTable
     pieces: PieceTable
+    encodings: EncodingTable = dataclasses.field(default_factory=EncodingTable.empty)
 
     def __post_init__(self) -> None:
         manifest_checks.check_labels(self)
+        check_encodings(self.encodings, self.tensors)
         manifest_checks.check_pieces(self)
         if self.side == "sink":
             manifest_checks.check_cover(self)
@@ -160,9 +167,10 @@ class Manifest:
             "tensors": self.tensors.names,
             "buffers": self.buffers.names,
         }
-        return serde.pack(
-            "weightsync.manifest/1", header, (self.tensors, self.buffers, self.pieces)
-        )
+        tables = (self.tensors, self.buffers, self.pieces)
+        if len(self.encodings):
+            return serde.pack(_SCHEMA_ENCODED, header, (*tables, self.encodings))
+        return serde.pack(_SCHEMA, header, tables)
 
     @classmethod
     def from_bytes(
@@ -179,11 +187,14 @@ class Manifest:
             ConfigError: Not a manifest, or one larger than the limits.
             LayoutError: A manifest that contradicts itself.
         """
-        header, columns = serde.unpack(
-            "weightsync.manifest/1", data, (TensorTable, BufferTable, PieceTable)
-        )
+        tables: tuple[type[Table], ...] = (TensorTable, BufferTable, PieceTable)
+        if is_encoded := serde.is_of(_SCHEMA_ENCODED, data):
+            tables = (*tables, EncodingTable)
+        header, columns = serde.unpack(_SCHEMA_ENCODED if is_encoded else _SCHEMA, data, tables)
         if set(header) != {"side", "ranks", "tensors", "buffers"}:
             raise ConfigError(f"manifest header has the wrong keys: {sorted(header)}")
+        if is_encoded and not len(columns[3]["codes"]):
+            raise ConfigError("manifest of the encoded kind without encodings: not canonical")
         names = {key: serde.names(header, key) for key in ("ranks", "tensors", "buffers")}
         if header["side"] not in ("source", "sink"):
             raise ConfigError(f"manifest of unknown side {header['side']!r}")
@@ -193,6 +204,7 @@ class Manifest:
             tensors=TensorTable(names["tensors"], **columns[0]),
             buffers=BufferTable(names["buffers"], **columns[1]),
             pieces=PieceTable(**columns[2]),
+            encodings=EncodingTable(**columns[3]) if is_encoded else EncodingTable.empty(),
         )
 
     @classmethod
@@ -212,7 +224,7 @@ class Manifest:
         ndim = np.zeros(len(names), np.uint8)
         owner = np.full(len(names), -1)
         number = {name: i for i, name in enumerate(names)}
-        pieces = []
+        pieces, encodings = [], []
         last: tuple[tuple[str, ...], IntArray] = ((), np.zeros(0, np.int64))
         num_ranks = num_buffers = 0
         for position, manifest in enumerate(manifests):
@@ -234,6 +246,8 @@ class Manifest:
                 columns["tensor"] = np.where(tensor == CONSTANT, CONSTANT, ids[tensor])
             columns["buffer"] = manifest.pieces.buffer + num_buffers
             pieces.append(PieceTable(**columns))
+            if len(manifest.encodings):
+                encodings.append(_renumbered(manifest.encodings, ids))
             num_ranks += len(manifest.ranks)
             num_buffers += len(manifest.buffers)
         rank_starts = np.cumsum([0] + [len(m.ranks) for m in manifests])
@@ -251,6 +265,7 @@ class Manifest:
             tensors=TensorTable(tuple(names), shape, ndim),
             buffers=BufferTable(tuple(n for m in manifests for n in m.buffers.names), **columns),
             pieces=sorted_pieces(PieceTable.concat(pieces)),
+            encodings=_joined(encodings, names),
         )
 
 
@@ -274,6 +289,34 @@ class Arena:
         self.buffers: Final[IntArray] = manifest.buffers_of(rank)
         self.offset_bytes: Final[IntArray] = manifest.arena_offset_bytes[self.buffers]
         self.nbytes: Final[int] = manifest.arena_nbytes(rank)
+
+
+def _renumbered(table: EncodingTable, ids: IntArray) -> EncodingTable:
+    """Return encodings with the tensors' numbers in another table."""
+    return EncodingTable(
+        recipe=table.recipe,
+        **{
+            name: ids[getattr(table, name)].astype(np.int32)
+            for name in ("values", "codes", "scales")
+        },
+    )
+
+
+def _joined(tables: Sequence[EncodingTable], names: Sequence[str]) -> EncodingTable:
+    """Join the encodings of several ranks; all must store a tensor alike."""
+    every = EncodingTable.concat(tables)
+    _, first, number = np.unique(every.codes, return_index=True, return_inverse=True)
+    joined = every.take(first)
+    for column in ("recipe", "values", "scales"):
+        differs = getattr(joined, column)[number] != getattr(every, column)
+        for row in np.flatnonzero(differs)[:1]:
+            name = names[int(every.codes[row])]
+            raise LayoutError(
+                f"tensor {name}: two sinks encode it by different recipes or from different "
+                "tensors; one fleet stores codes of a tensor in one way",
+                tensor=name,
+            )
+    return joined
 
 
 def _raise_shapes(name: str, first: Manifest, second: Manifest) -> None:

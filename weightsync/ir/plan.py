@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from weightsync.errors import ConfigError, PlanError
 from weightsync.ir import serde
+from weightsync.ir.encoded import Encoded
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.tables import MAX_DIMS, IntArray, Table, sum_by
 
 __all__ = [
     "BucketTable",
     "ChunkTable",
+    "MaxTable",
     "Plan",
     "PlanOptions",
     "RowKind",
@@ -34,7 +36,10 @@ MIB: Final = 1 << 20
 
 
 class RowKind(enum.IntEnum):
-    """What a row does. Kinds that are not built yet are refused by name."""
+    """What a row does. Kinds that the executor cannot run yet are refused there by name.
+
+    MAX rows are no writes to sinks: a plan has them in a table of their own, `MaxTable`.
+    """
 
     COPY = 0
     CONST = 1
@@ -136,6 +141,9 @@ class Shares(Table):
 class RowTable(Table):
     """Strided copies, sorted by chunk and destination; CONST rows come last.
 
+    In an ENCODE row counts and sink strides are in elements of the codes or scales that the sink
+    stores; source offset and strides lead from where the values of one begin to those of the next.
+
     Attributes:
         kind: `RowKind`.
         chunk: Chunk of the row; -1 for CONST rows, which the sink does by itself.
@@ -235,6 +243,38 @@ class BucketTable(Table):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class MaxTable(Table):
+    """Cells that several sources share: whose maxima go to whom before the first bucket.
+
+    The source that writes a cell's scale (`dst_rank`) takes the maximum of all parts and answers
+    every row with as many values: two messages a sharer, not one between every two. A cell that two
+    boxes of one source touch may be in two of its rows.
+
+    Attributes:
+        tensor: Scales: index into the SINK manifest's tensors.
+        src_rank: Source that encodes a part of the cells.
+        dst_rank: Source that writes their scales.
+        lo, n, step: Box of cells, `(M, 4)`; step is 1 where n is 1.
+    """
+
+    tensor: NDArray[np.int32]
+    src_rank: NDArray[np.int32]
+    dst_rank: NDArray[np.int32]
+    lo: IntArray
+    n: IntArray
+    step: IntArray
+
+    COLUMNS: ClassVar[dict[str, tuple[Any, int]]] = {
+        "tensor": (np.int32, 0),
+        "src_rank": (np.int32, 0),
+        "dst_rank": (np.int32, 0),
+        "lo": (np.int64, MAX_DIMS),
+        "n": (np.int64, MAX_DIMS),
+        "step": (np.int64, MAX_DIMS),
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class EdgeTable(Table):
     """Dependencies between rows: `pair[:, 1]` waits for `pair[:, 0]`."""
 
@@ -253,6 +293,7 @@ class Plan:
     Attributes:
         source, sink: The merged manifests that the row indices refer to.
         rows, chunks, buckets: The tables.
+        maxima: Cells that sources share.
         edges: `(E, 2)` int32 pairs of rows (before, after); empty until rows of kind HOP exist.
         shares: How holders of the same elements were chosen.
         options: Budgets that the plan keeps.
@@ -265,6 +306,7 @@ class Plan:
     buckets: BucketTable
     shares: Shares
     options: PlanOptions
+    maxima: MaxTable = dataclasses.field(default_factory=MaxTable.empty)
     edges: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.zeros((0, 2), np.int32))
 
     def __post_init__(self) -> None:
@@ -280,7 +322,7 @@ class Plan:
     def digest(self) -> str:
         """sha256 over options, tables and the digests of both manifests, in hex."""
         digest = hashlib.sha256()
-        for part in serde.chunks("weightsync.plan/1", self._header(), self._tables()):
+        for part in serde.chunks("weightsync.plan/2", self._header(), self._tables()):
             digest.update(part)
         return digest.hexdigest()
 
@@ -308,14 +350,24 @@ class Plan:
 
     def constants(self, dst_rank: int) -> IntArray:
         """Return the CONST rows that a sink rank fills by itself."""
-        first = int(np.searchsorted(self.rows.kind, RowKind.CONST))
+        first = self.num_sent
         rank = self.sink.buffers.rank[self.rows.dst_buffer[first:]]
         return first + np.flatnonzero(rank == dst_rank)
 
+    @property
+    def num_sent(self) -> int:
+        """Rows that sources send; those behind are CONST, which sinks do by themselves."""
+        return int(self.chunks.row_hi[-1]) if len(self.chunks) else 0
+
+    @functools.cached_property
+    def encoded(self) -> Encoded:
+        """The sources with what they make of their values; `encoded.source` has all pieces."""
+        return Encoded.of(self.source, self.sink)
+
     @functools.cached_property
     def tensor_in_source(self) -> IntArray:
-        """Number in the source manifest of each sink tensor; -1 if the source lacks it."""
-        index = self.source.tensors.index
+        """Number in `encoded.source` of each sink tensor; -1 if the sources lack it."""
+        index = self.encoded.source.tensors.index
         return np.array([index.get(name, -1) for name in self.sink.tensors.names], np.int64)
 
     def validate(self) -> None:
@@ -337,7 +389,7 @@ class Plan:
 
         Plans never cross the wire: ranks make their own and compare digests.
         """
-        tables = serde.pack("weightsync.plan/1", self._header(), self._tables())
+        tables = serde.pack("weightsync.plan/2", self._header(), self._tables())
         parts = (tables, self.source.to_bytes(), self.sink.to_bytes())
         return b"".join(len(p).to_bytes(8, "little") + p for p in parts)
 
@@ -356,8 +408,8 @@ class Plan:
             view = view[8 + size :]
         if len(parts) != 3 or len(view):
             raise ConfigError("not a plan: it needs three parts")
-        kinds = (RowTable, ChunkTable, BucketTable, EdgeTable, Shares)
-        header, columns = serde.unpack("weightsync.plan/1", parts[0], kinds)
+        kinds = (RowTable, ChunkTable, BucketTable, MaxTable, EdgeTable, Shares)
+        header, columns = serde.unpack("weightsync.plan/2", parts[0], kinds)
         try:
             options = dict(header["options"])
             options["ignore_extra"] = tuple(options["ignore_extra"])
@@ -367,8 +419,9 @@ class Plan:
                 rows=RowTable(**columns[0]),
                 chunks=ChunkTable(**columns[1]),
                 buckets=BucketTable(**columns[2]),
-                edges=columns[3]["pair"],
-                shares=Shares(**columns[4], bound_bytes=int(header["bound_bytes"])),
+                maxima=MaxTable(**columns[3]),
+                edges=columns[4]["pair"],
+                shares=Shares(**columns[5], bound_bytes=int(header["bound_bytes"])),
                 options=PlanOptions(**options),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -386,4 +439,5 @@ class Plan:
         }
 
     def _tables(self) -> tuple[Table, ...]:
-        return (self.rows, self.chunks, self.buckets, EdgeTable(self.edges), self.shares)
+        edges = EdgeTable(self.edges)
+        return (self.rows, self.chunks, self.buckets, self.maxima, edges, self.shares)

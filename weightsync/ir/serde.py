@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from weightsync.errors import ConfigError
 from weightsync.ir.tables import Table
 
-__all__ = ["MAX_HEADER_BYTES", "MAX_TOTAL_BYTES", "chunks", "names", "pack", "unpack"]
+__all__ = ["MAX_HEADER_BYTES", "MAX_TOTAL_BYTES", "chunks", "is_of", "names", "pack", "unpack"]
 
 _MAGIC: Final = b"WSYNCTB1"
 MAX_HEADER_BYTES: Final = 256 << 20  # names of a million tensors on a thousand ranks stay below
@@ -101,6 +101,12 @@ def unpack(
             position += nbytes
         result.append(columns)
     return {key: header[key] for key in header if key not in _RESERVED}, result
+
+
+def is_of(schema: str, data: bytes | memoryview) -> bool:
+    """Whether bytes seem to be of a schema; `unpack` then decides."""
+    size = int.from_bytes(data[8:12], "little")
+    return f'"schema":"{schema}"'.encode() in bytes(data[12 : 12 + min(size, MAX_HEADER_BYTES)])
 
 
 def names(header: dict[str, Any], key: str) -> tuple[str, ...]:

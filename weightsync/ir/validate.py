@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from weightsync.errors import CoverageError, PlanBudgetError, PlanError
 from weightsync.ir.cover import covers_once
 from weightsync.ir.dtypes import CAST_TABLE
+from weightsync.ir.encoded import made_rows
 from weightsync.ir.locate import BLOCK_ROWS, Locator
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import CONSTANT, hull_elements
@@ -24,6 +25,10 @@ from weightsync.ir.plan import Plan, RowKind
 from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, any_dim, volume_of
 
 __all__ = ["validate_content", "validate_structure"]
+
+
+# Others are planned elsewhere (MAX) or not yet (HOP).
+_KINDS = (RowKind.COPY, RowKind.CONST, RowKind.ENCODE)
 
 
 def validate_structure(plan: Plan) -> None:
@@ -39,12 +44,13 @@ def validate_structure(plan: Plan) -> None:
     _check_chunks(plan)
     _check_budgets(plan)
     _check_constants(plan)
+    _check_maxima(plan)
     _check_edges(plan)
     _check_cover(plan)
 
 
 def validate_content(plan: Plan) -> None:
-    """Prove that every COPY row moves the same canonical elements on both sides.
+    """Prove that every row that is sent moves the same canonical elements on both sides.
 
     Expects a plan that passed `validate_structure`.
 
@@ -52,8 +58,8 @@ def validate_content(plan: Plan) -> None:
         PlanError: A row lies in no piece of its tensor, or the two sides disagree.
     """
     rows = plan.rows
-    copies = int(np.searchsorted(rows.kind, RowKind.CONST))
-    src, dst = Locator(plan.source, with_tensor=True), Locator(plan.sink, with_tensor=True)
+    copies = plan.num_sent
+    src, dst = Locator(plan.encoded.source, with_tensor=True), Locator(plan.sink, with_tensor=True)
     for first in range(0, copies, BLOCK_ROWS):
         at = slice(first, min(first + BLOCK_ROWS, copies))
         tensor, n = rows.tensor[at], rows.n[at]
@@ -97,14 +103,14 @@ def _refuse(plan: Plan, bad: BoolArray, fault: str, first: int = 0) -> None:
 def _check_rows(plan: Plan) -> None:
     """Check kinds, indices and ranges of rows."""
     rows, source, sink = plan.rows, plan.source, plan.sink
-    unbuilt = np.flatnonzero(rows.kind > RowKind.CONST)
-    if len(unbuilt):
-        kind = int(rows.kind[unbuilt[0]])
+    unknown = np.flatnonzero(~np.isin(rows.kind, _KINDS))
+    if len(unknown):
+        kind = int(rows.kind[unknown[0]])
         name = RowKind(kind).name if kind in set(RowKind) else str(kind)
-        raise PlanError(f"row {unbuilt[0]} is of kind {name}, which this release does not build")
-    if (rows.kind[1:] < rows.kind[:-1]).any():
+        raise PlanError(f"row {unknown[0]} is of kind {name}, which no row of a plan has")
+    copy = rows.kind != RowKind.CONST
+    if (copy[1:] & ~copy[:-1]).any():
         raise PlanError("rows that the sink does by itself (CONST) must come after all others")
-    copy = rows.kind == RowKind.COPY
     _refuse(plan, any_dim(rows.n < 1), "has no elements")
     _refuse(plan, _outside(rows.dst_buffer, len(sink.buffers)), "has no sink buffer")
     _refuse(plan, copy & _outside(rows.src_buffer, len(source.buffers)), "has no source buffer")
@@ -129,8 +135,11 @@ def _check_rows(plan: Plan) -> None:
     )
     absent = plan.tensor_in_source[rows.tensor[at]] < 0
     _refuse(plan, absent, "is of a tensor that the source lacks")
+    made = made_rows(plan.encoded, sink, rows.tensor[at], rows.dst_buffer[at])
+    wrong = made != (rows.kind[at] == RowKind.ENCODE)
+    _refuse(plan, wrong, "encodes what is to be copied, or copies what is to be encoded")
     pair = source.buffers.dtype[src_buffer], sink.buffers.dtype[rows.dst_buffer[at]]
-    _refuse(plan, np.asarray(~CAST_TABLE[pair]), "needs a cast that does not exist")
+    _refuse(plan, np.asarray(~CAST_TABLE[pair]) & ~made, "needs a cast that does not exist")
 
 
 def _leaves(
@@ -146,7 +155,7 @@ def _leaves(
 def _check_nesting(plan: Plan) -> None:
     """Check that rows, chunks and buckets follow one another without gaps."""
     rows, chunks, buckets = plan.rows, plan.chunks, plan.buckets
-    copies = int(np.count_nonzero(rows.kind == RowKind.COPY))
+    copies = int(np.count_nonzero(rows.kind != RowKind.CONST))
     ordered = bool((rows.chunk[copies:] == -1).all())
     tiled = _tiles(chunks.row_lo, chunks.row_hi, copies)
     tiled &= _tiles(buckets.chunk_lo, buckets.chunk_hi, len(chunks))
@@ -194,6 +203,7 @@ def _check_chunks(plan: Plan) -> None:
     straight = all_dims(src_stride == dst_stride)
     straight &= hull_elements(n, dst_stride) == volume_of(n)
     same = plan.source.buffers.dtype[rows.src_buffer[:copies]] == sink.buffers.dtype[buffer]
+    same &= rows.kind[:copies] == RowKind.COPY
     _refuse(plan, direct & ~(straight & same), "is not contiguous on both sides, yet not packed")
     alone = (chunks.row_hi - chunks.row_lo == 1)[chunk]
     _refuse(plan, direct & ~alone, "shares a chunk that is not packed")
@@ -226,7 +236,7 @@ def _check_budgets(plan: Plan) -> None:
 def _check_constants(plan: Plan) -> None:
     """Check that CONST rows are exactly the sink's constant pieces."""
     rows, pieces = plan.rows, plan.sink.pieces
-    first = int(np.searchsorted(rows.kind, RowKind.CONST))
+    first = plan.num_sent
     piece = rows.src_offset[first:]
     expected = np.flatnonzero(pieces.tensor == CONSTANT)
     if not np.array_equal(np.sort(piece), expected):
@@ -239,6 +249,24 @@ def _check_constants(plan: Plan) -> None:
     ):
         if not np.array_equal(column[first:], of_piece[piece]):
             raise PlanError("a constant row differs from its piece in the sink's manifest")
+
+
+def _check_maxima(plan: Plan) -> None:
+    """Check that maxima are of cells that exist, between two sources."""
+    table, tensors = plan.maxima, plan.sink.tensors
+    if not len(table):
+        return
+    is_scale = np.zeros(len(tensors), np.bool_)
+    is_scale[plan.encoded.table.scales] = True
+    ranks = np.stack([table.src_rank, table.dst_rank])
+    known = ~_outside(table.tensor, len(tensors)) & ~_outside(ranks, len(plan.source.ranks)).any(0)
+    inside = known & is_scale[np.where(known, table.tensor, 0)] & (ranks[0] != ranks[1])
+    beyond = (
+        table.lo + (table.n - 1) * table.step >= tensors.shape[np.where(known, table.tensor, 0)]
+    )
+    inside &= ~any_dim((table.lo < 0) | (table.n < 1) | (table.step < 1) | beyond)
+    for row in np.flatnonzero(~inside)[:1]:
+        raise PlanError(f"row {row} of the maxima names an unknown source, or cells that are none")
 
 
 def _check_edges(plan: Plan) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weightsync.errors import ConfigError
+from weightsync.errors import ConfigError, EncodingError
 from weightsync.ir.manifest import Manifest, Side
 from weightsync.ir.plan import Plan, PlanOptions, Shares
 from weightsync.planners.planner import plan_transfer
@@ -47,9 +47,18 @@ def make_plan(
     Raises:
         LayoutError, PlanError: The sides do not match, or a budget is too small.
         ConfigError: Bytes that are no manifest.
+        EncodingError: Sinks store tensors by a recipe that sources do not hold them in.
     """
     chosen = Shares.from_bytes(shares) if shares else None
     plan = plan_transfer(_merge("source", sources), _merge("sink", sinks), options, shares=chosen)
+    if len(plan.encoded.table):
+        name = plan.sink.tensors.names[int(plan.encoded.table.codes[0])]
+        raise EncodingError(
+            f"{len(plan.encoded.table)} tensors, {name} the first, must be encoded on the way, "
+            "and this release does not encode yet: plan it with `weightsync plan`, publish "
+            "tensors that are quantized already, or serve BF16",
+            tensor=name,
+        )
     return Planned(
         plan, plan.shares.to_bytes(), json.dumps(dataclasses.asdict(options), sort_keys=True)
     )
