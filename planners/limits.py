@@ -39,7 +39,8 @@ class Limits:
         sender_s: As `source_s` for what the strategy sends: all copies of each byte (direct), one
             for each node (node_dedup), the bound for relays (relay).
         cut_s: Through the narrowest cut between trainers and rollouts.
-        h2d_s: PCIe of one GPU: offloaded weights, and everything where NICs do not reach GPUs.
+        h2d_s: PCIe of one source's GPU: offloaded weights, or what is sent where NICs do not reach
+            GPUs.
         host_memory_s: The memory of one host, for the same bytes.
         nvlink_s: Inside a node of sinks, after deduplication. Counts only then.
         encode_s: Packing, casting and quantizing on one source.
@@ -146,27 +147,24 @@ def limits_of(
 def _through_host(
     traffic: Traffic, cluster: Cluster, is_offloaded: bool
 ) -> tuple[IntArray, IntArray]:
-    """Return the bytes over the PCIe of each rank and through the memory of each host.
+    """Return the bytes over the PCIe of each source and through the memory of each host.
 
     Offloaded weights go up to the GPU that packs them, and from there straight to the NIC. Where
-    NICs do not reach GPUs, what is sent lies in host memory at both ends.
+    NICs do not reach GPUs, what is sent lies in host memory at both ends; a sink copies it to its
+    GPU when it adopts the version, which is part of the pause and not of the transfer.
     """
-    none = np.zeros(len(traffic.source_bytes), np.int64)
+    none, pcie, sent = np.zeros(0, np.int64), traffic.source_bytes, traffic.source_bytes
+    received = traffic.need_bytes
     if cluster.is_gpu_direct:
-        source_pcie = source_host = traffic.read_bytes if is_offloaded else none
-        sink_pcie = sink_host = np.zeros_like(traffic.need_bytes)
-    else:
-        source_pcie = none if is_offloaded else traffic.source_bytes
-        source_host, sink_pcie, sink_host = (
-            traffic.source_bytes,
-            traffic.need_bytes,
-            traffic.need_bytes,
-        )
+        pcie = sent = traffic.read_bytes if is_offloaded else none
+        received = none
+    elif is_offloaded:
+        pcie = none
     hosts = []
-    for load in (source_host, sink_host):
+    for load in (sent, received):
         node = cluster.node_of(len(load))
         hosts.append(sum_by(node, load, _count(node)))
-    return np.concatenate([source_pcie, sink_pcie]), np.concatenate(hosts)
+    return pcie, np.concatenate(hosts)
 
 
 def _count(number: IntArray) -> int:

@@ -246,7 +246,7 @@ def _expected_limits(
         pcie = host = read if offloaded else [0]
         host_sinks = [0]
     else:
-        pcie, host = ([0] if offloaded else sent) + need, sent
+        pcie, host = [0] if offloaded else sent, sent
         host_sinks = need
     cut = cluster.cut_gbit_per_s
     gap = max(
