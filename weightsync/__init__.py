@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Update,
         VersionReport,
     )
+    from weightsync.dryrun import PlanReport, plan
     from weightsync.errors import (
         AuthError,
         CheckpointError,
@@ -75,6 +76,7 @@ __all__ = [
     "PlanBudgetError",
     "PlanDigestError",
     "PlanError",
+    "PlanReport",
     "QueuePairError",
     "RailError",
     "Sink",
@@ -93,17 +95,21 @@ __all__ = [
     "VersionReport",
     "WeightSyncError",
     "__version__",
+    "plan",
 ]
 
 _CLIENT_NAMES = frozenset(
     {"Job", "Layout", "Sink", "SinkHooks", "Source", "Stage", "Update", "VersionReport"}
 )
+_DRYRUN_NAMES = frozenset({"PlanReport", "plan"})
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "weightsync.client" if name in _CLIENT_NAMES else "weightsync.errors"
+    home = "weightsync.errors"
+    if name in _CLIENT_NAMES or name in _DRYRUN_NAMES:
+        home = "weightsync.client" if name in _CLIENT_NAMES else "weightsync.dryrun"
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value  # the next look-up does not come here
     return value

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from weightsync.errors import ConfigError, WeightSyncError
+from weightsync.errors import ConfigError, LayoutError, PlanBudgetError, WeightSyncError
 from weightsync.settings import CA_NAME, ENV_JOB, ENV_TOKEN_FILE, TOKEN_NAME
 
 if TYPE_CHECKING:
@@ -349,6 +349,58 @@ def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return work()
 
 
+@app.command(
+    "plan",
+    epilog="Examples:\n\n"
+    "  weightsync plan model=qwen3_30b_a3b trainer=fsdp8 rollout=tp8\n\n"
+    "  weightsync plan model=kimi_k2 trainer=fsdp16_pp2_ep8 rollout=ep32_x4 cluster=h100_cx7 "
+    "--json\n\n"
+    "  weightsync plan model.config=Qwen3-8B trainer=fsdp2 trainer.fsdp=16 rollout=vllm "
+    "rollout.tp=4 rollout.replicas=2 rollout.encoding=fp8_block\n\n"
+    "  weightsync plan model=llama_3_1_8b trainer=fsdp8 rollout=tp1 cluster=eth_25g "
+    "cluster.posting_threads=2 --out plan.parquet\n\n"
+    "  weightsync plan --config-dir ours cluster=our_cluster model=kimi_k2 trainer=fsdp64 "
+    "rollout=ep32\n\n"
+    "Wrong names are answered with those that there are. docs/plan.md explains every number.\n\n",
+)
+def plan_command(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[GROUP=OPTION | GROUP.KEY=VALUE]...",
+            help="Groups: model, trainer, rollout, cluster (default h100_cx7), transport.",
+            show_default=False,
+        ),
+    ] = None,
+    config_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Options of your own, DIR/GROUP/NAME.yaml; searched first."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.parquet", help="Every row of the plan; needs pyarrow."),
+    ] = None,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Plan offline: what would move where, the physical limit, and a predicted time.
+
+    Makes and proves the real plan of a job of any size. Needs no torch, GPU or NIC.
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.dryrun.command import PlanCommand, run_plan
+
+        command = PlanCommand([] if overrides is None else overrides, config_dir, out)
+        return run_plan(command, console)
+
+    # Whatever does not fit together, the user chose.
+    bad_input = (ConfigError, LayoutError, PlanBudgetError)
+    execute("plan", run, as_json=as_json, debug=debug, bad_input=bad_input)
+
+
 @app.command()
 def doctor(
     vllm: Annotated[
@@ -438,7 +490,12 @@ def certs(
 
 
 def execute(
-    command: str, run: Callable[[Console], dict[str, Any]], *, as_json: bool, debug: bool
+    command: str,
+    run: Callable[[Console], dict[str, Any]],
+    *,
+    as_json: bool,
+    debug: bool,
+    bad_input: tuple[type[WeightSyncError], ...] = (ConfigError,),
 ) -> None:
     """Run one command the way all commands behave, and exit.
 
@@ -448,6 +505,7 @@ def execute(
             A false "ok" or "verified" makes the exit status 1.
         as_json: Print that object on stdout.
         debug: Let errors of the package through with their traceback.
+        bad_input: Errors that are the user's: exit status 2.
 
     Raises:
         typer.Exit: Always, with the exit status.
@@ -463,7 +521,7 @@ def execute(
     except WeightSyncError as error:
         if debug:
             raise
-        status = EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_FAILED
+        status = EXIT_BAD_INPUT if isinstance(error, bad_input) else EXIT_FAILED
         result = {"ok": False, "error": type(error).__name__, "message": str(error)}
         _say_error(f"{type(error).__name__}: {error}")
     if as_json:

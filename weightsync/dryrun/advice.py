@@ -1,0 +1,185 @@
+"""What the limits mean, and what to change to go faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from weightsync.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from weightsync.dryrun.report import PlanReport
+
+__all__ = ["LIMITS", "advice"]
+
+LIMITS: Final[dict[str, str]] = {
+    "receiver": "the busiest sink's NICs take in all that it needs",
+    "receiver_dedup": "the same if what GPUs of a node share came in once",
+    "source": "every byte leaves some holder once",
+    "sender": "holders send every copy that the plan sends",
+    "cut": "the narrowest network between trainers and rollouts",
+    "h2d": "PCIe of one trainer GPU",
+    "host_memory": "the memory of one host",
+    "nvlink": "inside a node of sinks, if bytes came in once",
+    "encode": "packing, casting and quantizing on one source",
+    "digest": "digests on one rank",
+    "message": "writes of one source, each at its fixed cost",
+}
+"""What each limit is about, by name."""
+
+_MANY: Final = 1.15  # a number this much larger than another is worth a word
+
+
+def advice(report: PlanReport) -> list[str]:
+    """Say what limits an update and what would make it faster; one sentence or two each."""
+    found = [*_fixed(report), *_limiting(report), *_memory(report)]
+    return found if _is_fixed(report) else [*found, *_waiting(report)]
+
+
+def _is_fixed(report: PlanReport) -> bool:
+    return report.fixed_s is not None and report.fixed_s > report.prediction.predicted_s / 2
+
+
+def _fixed(report: PlanReport) -> Iterator[str]:
+    if report.fixed_s is not None and _is_fixed(report):
+        yield (
+            f"Per-write, per-bucket and per-message overhead, not bandwidth, takes "
+            f"{format_seconds(report.fixed_s)} of the predicted "
+            f"{format_seconds(report.prediction.predicted_s)}. Fewer ranks, or larger "
+            "transport.chunk_bytes, help; faster NICs hardly do."
+        )
+
+
+def _limiting(report: PlanReport) -> Iterator[str]:
+    limits, name = report.limits, report.limits.limiting
+    seconds = format_seconds(limits.physical_limit_s)
+    yield (
+        f"The physical limit is that of {name}: {LIMITS[name]}, in {seconds} at the rates of data "
+        f"sheets. {_WAYS_OUT[name](report)}"
+    )
+    counted = {key.removesuffix("_s"): value for key, value in limits.counted().items()}
+    del counted[name]
+    following = max(counted, key=lambda key: counted[key])
+    if counted[following] > limits.physical_limit_s / _MANY:
+        yield (
+            f"Close to it is {following} with {format_seconds(counted[following])}: "
+            f"{LIMITS[following]}. Change both."
+        )
+    dedup = limits.receiver_dedup_s
+    if name == "receiver" and limits.receiver_s > dedup * _MANY:
+        yield (
+            "GPUs of one node need much in common. Sent once to each node and passed on inside it, "
+            f"NICs would need {format_seconds(dedup)}; this plan sends it to each GPU."
+        )
+
+
+def _waiting(report: PlanReport) -> Iterator[str]:
+    predicted, attainable = report.prediction.predicted_s, report.attainable.physical_limit_s
+    if predicted > attainable * _MANY:
+        yield (
+            f"Predicted is {predicted / attainable:.2f} times the attainable limit "
+            f"({format_seconds(attainable)}): stages wait for each other. Smaller "
+            "transport.bucket_bytes start them sooner; a larger transport.staging_bytes lets more "
+            "of them run at once."
+        )
+
+
+def _memory(report: PlanReport) -> Iterator[str]:
+    room = report.cluster.gpu_memory_bytes
+    staged = int(report.memory.sink_total("staged").max())
+    served = int(report.memory.sink_weights.max())
+    if served > room:
+        yield (
+            f"A sink's weights ({format_bytes(served)}) exceed a GPU of {report.cluster.name} "
+            f"({format_bytes(room)}): raise rollout.tp or rollout.ep, or set rollout.encoding."
+        )
+    elif report.rollout["mode"] == "staged" and staged > room:
+        yield (
+            f"Staged mode needs {format_bytes(staged)} on a sink, a GPU of {report.cluster.name} "
+            f"has {format_bytes(room)}: raise rollout.tp or rollout.ep, or take "
+            "rollout.mode=in_place and its pause."
+        )
+    source = int(report.memory.source_total.max())
+    if source > room and not report.trainer["offloaded"]:
+        yield (
+            f"A source needs {format_bytes(source)}, a GPU of {report.cluster.name} has "
+            f"{format_bytes(room)}: cut the model over more ranks, or say trainer.offloaded=true."
+        )
+
+
+def _fewer_bytes(report: PlanReport) -> str:
+    if report.rollout.get("encoding") is not None or report.rollout.get("quantized"):
+        return ""
+    return " rollout.encoding=fp8_block halves most bytes."
+
+
+def _receiver(report: PlanReport) -> str:
+    return (
+        "Faster or more NICs at the rollouts, or replicas of more ranks (rollout.ep, rollout.tp), "
+        "so that each needs less; more trainers do not help." + _fewer_bytes(report)
+    )
+
+
+def _source(report: PlanReport) -> str:
+    return (
+        "Some tensors are held by too few ranks: let more hold them (trainer.replicate), or cut "
+        "them over more ranks." + _fewer_bytes(report)
+    )
+
+
+def _sender(report: PlanReport) -> str:
+    return (
+        "The sinks together need more than those who hold it can send in that time: fewer "
+        "replicas at a time, more holders (trainer.replicate), or relays between replicas."
+        + _fewer_bytes(report)
+    )
+
+
+def _cut(report: PlanReport) -> str:
+    return "A wider network between trainers and rollouts (cluster.cut_gbit_per_s)." + _fewer_bytes(
+        report
+    )
+
+
+def _h2d(report: PlanReport) -> str:
+    if report.trainer["offloaded"]:
+        return "Weights come up from host memory: keep them on the GPU, or use more source ranks."
+    return "NICs do not reach GPU memory here: GPUDirect (cluster.is_gpu_direct) avoids the copy."
+
+
+def _host_memory(report: PlanReport) -> str:
+    return "Bytes pass through host memory: keep weights on GPUs, use GPUDirect, or more hosts."
+
+
+def _nvlink(report: PlanReport) -> str:
+    return "What a node shares is passed on inside it, more slowly than NICs could bring it."
+
+
+def _encode(report: PlanReport) -> str:
+    return "Cut the model over more trainer ranks, so that each packs and encodes less."
+
+
+def _digest(report: PlanReport) -> str:
+    return "Replicas or trainers of more ranks, so that each digests less."
+
+
+def _message(report: PlanReport) -> str:
+    return (
+        "Writes are so small that per-write overhead, not bandwidth, limits: fewer or larger "
+        "shards (trainer.fsdp, rollout.tp), or cluster.posting_threads."
+    )
+
+
+_WAYS_OUT: Final[dict[str, Callable[[PlanReport], str]]] = {
+    "receiver": _receiver,
+    "receiver_dedup": _receiver,
+    "source": _source,
+    "sender": _sender,
+    "cut": _cut,
+    "h2d": _h2d,
+    "host_memory": _host_memory,
+    "nvlink": _nvlink,
+    "encode": _encode,
+    "digest": _digest,
+    "message": _message,
+}
