@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from support.layout_oracle import TINY_MODELS
-from weightsync.errors import LayoutError
+from weightsync.errors import LayoutError, PlanError
 from weightsync.ir import Manifest, PlanOptions
 from weightsync.ir.repeat import repeat_ranks
 from weightsync.planners import rules
@@ -89,6 +90,28 @@ def test_a_plan_for_repeated_replicas_is_that_of_the_merged_ones(
     assert plan_transfer(source, repeated, options).digest == (
         plan_transfer(source, merged, options).digest
     )
+
+
+def test_a_replica_that_is_written_otherwise_is_found() -> None:
+    config = TINY_MODELS["qwen3_moe"]
+    trainer, layout = rules.fsdp2(config, fsdp=2, dtype="BF16"), rules.vllm(config, tp=1)
+    source = Manifest.merge("source", [trainer.manifest(rank) for rank in range(2)])
+    plan = plan_transfer(source, repeat_ranks(layout.manifest(0), [["sink 0"], ["sink 1"]]))
+    plan.validate()
+    rows, sent = plan.rows, np.arange(plan.num_sent)
+    half = len(layout.manifest(0).buffers)
+    second = next(r for r in sent if rows.dst_buffer[r] >= half and rows.src_offset[r] > 0)
+    like = rows.dst_buffer[sent] == rows.dst_buffer[second] - half
+    twin = np.flatnonzero(like & (rows.dst_offset[sent] == rows.dst_offset[second]))
+    for taken, words in (
+        (second, "otherwise than replica 0"),
+        ([second, *twin], r"sink 0\) reads"),
+    ):
+        offset = rows.src_offset.copy()
+        offset[taken] -= 1
+        wrong = dataclasses.replace(plan, rows=dataclasses.replace(rows, src_offset=offset))
+        with pytest.raises(PlanError, match=words):
+            wrong.validate()
 
 
 def test_labels_are_one_for_each_rank() -> None:
