@@ -1,0 +1,131 @@
+"""When a source may put its next bucket on the wire: the executor's stages as a recursion.
+
+A source works through its buckets in order, in four stages with a short queue before each (read,
+cast, write, complete; `weightsync.runtime.executor`). A bucket leaves a stage when it is done there
+and the next queue has room, so what came before bounds how far ahead each stage can be:
+
+    start_s(j) = max(leave_{s-1}(j), leave_s(j-1))      the stage is free and the bucket there
+    leave_s(j) = max(start_s(j) + work_s(j), leave_{s+1}(j-d-1))    d: places in a queue
+
+`complete` waits for buckets in order. Staging is taken by `read` and given back by `complete`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsync.ir.tables import IntArray, starts_of
+
+__all__ = ["QUEUE_DEPTH", "Sender", "StageWork"]
+
+Floats = NDArray[np.float64]
+
+QUEUE_DEPTH = 2  # as in the executor: one bucket being worked on, one waiting
+
+
+@dataclasses.dataclass(frozen=True)
+class StageWork:
+    """Seconds that each bucket of a source takes in each stage, in program order.
+
+    Attributes:
+        read_s, cast_s, write_s: `(K,)`.
+        staging_bytes: `(K,)`.
+        budget_bytes: Staging that all buckets in flight share.
+    """
+
+    read_s: Floats
+    cast_s: Floats
+    write_s: Floats
+    staging_bytes: IntArray
+    budget_bytes: int
+
+    def released_by(self) -> IntArray:
+        """Return the last bucket that must be complete before each gets its staging; -1: none."""
+        total = starts_of(self.staging_bytes)
+        first = np.searchsorted(total, total[1:] - self.budget_bytes)
+        return np.where(self.staging_bytes > 0, first - 1, -1)
+
+
+class Sender:
+    """One source's way through its program.
+
+    Args:
+        work: What its buckets take.
+        begin_s: When it may start.
+        depth: Places in each queue.
+
+    Attributes:
+        window: Most buckets on the wire at a time.
+        num_posted: Buckets whose time on the wire is known.
+        num_complete: Buckets that are complete; always the first ones.
+        read_start_s, cast_start_s, write_start_s, post_s: When each posted bucket entered a stage,
+            and when its last write was posted.
+    """
+
+    def __init__(self, work: StageWork, begin_s: float, depth: int = QUEUE_DEPTH) -> None:
+        self.window = depth + 2  # in the queue, waited for, and one handed over too early
+        self.num_posted = self.num_complete = 0
+        self.read_start_s: list[float] = []
+        self.cast_start_s: list[float] = []
+        self.write_start_s: list[float] = []
+        self.post_s: list[float] = []
+        self._begin_s = begin_s
+        self._lag = depth + 1
+        self._read_s = work.read_s.tolist()
+        self._cast_s = work.cast_s.tolist()
+        self._write_s = work.write_s.tolist()
+        self._staged_after: list[int] = work.released_by().tolist()
+        self._left_read: list[float] = []
+        self._left_cast: list[float] = []
+        self._complete_s: list[float] = []
+        self._arrived: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._read_s)
+
+    def next_post(self) -> float | None:
+        """Take the next bucket and return when its last write is posted; None while not known."""
+        j, done = self.num_posted, self.num_complete
+        if j == len(self._read_s) or j - self.window >= done or self._staged_after[j] >= done:
+            return None
+        before, lag = j - 1, j - self._lag
+        start = self._left_read[before] if j else self._begin_s
+        if self._staged_after[j] >= 0:
+            start = max(start, self._complete_s[self._staged_after[j]])
+        self.read_start_s.append(start)
+        left = start + self._read_s[j]
+        if lag >= 0:
+            left = max(left, self._left_cast[lag])
+        self._left_read.append(left)
+        start = max(left, self._left_cast[before]) if j else left
+        self.cast_start_s.append(start)
+        left = start + self._cast_s[j]
+        if lag >= 0:
+            left = max(left, self._left_write(lag))
+        self._left_cast.append(left)
+        start = max(left, self._left_write(before)) if j else left
+        self.write_start_s.append(start)
+        self.post_s.append(start + self._write_s[j])
+        self.num_posted += 1
+        return self.post_s[j]
+
+    def arrive(self, bucket: int, acknowledged_s: float) -> None:
+        """Take note that a bucket's last write was acknowledged; they may come in any order."""
+        self._arrived[bucket] = acknowledged_s
+        while (next_s := self._arrived.pop(self.num_complete, None)) is not None:
+            if self._complete_s:
+                next_s = max(next_s, self._complete_s[-1])
+            self._complete_s.append(next_s)
+            self.num_complete += 1
+
+    @property
+    def complete_s(self) -> list[float]:
+        """When each bucket was complete."""
+        return self._complete_s
+
+    def _left_write(self, j: int) -> float:
+        lag = j - self._lag
+        return max(self.post_s[j], self._complete_s[lag]) if lag >= 0 else self.post_s[j]

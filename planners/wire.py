@@ -1,0 +1,123 @@
+"""Buckets on the wire: who sends when, at which share of the ports, until when."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsync.ir.tables import IntArray
+from weightsync.planners.fairness import max_min_rates
+from weightsync.planners.sending import Sender
+
+__all__ = ["Wire"]
+
+Floats = NDArray[np.float64]
+
+_SAME: Final = 1e-12  # times closer than this, relatively, are one event
+
+
+class Wire:
+    """Moves the buckets of all senders through shared ports, event by event.
+
+    Rates change only when a bucket starts or ends, so time goes from one such event to the next.
+    With `step_s` above 0 the events of the following `step_s` are taken together and rates are
+    worked out once for all of them. Every bucket keeps its exact times: one that ends inside a step
+    leaves its share unused until the step is over, one that starts inside it gets its share from
+    then on although the others have not made room yet; on average the two cancel.
+
+    Args:
+        senders: One for each source.
+        source: Source of each bucket, ascending, `(B,)`.
+        ports: Ports that each bucket passes, `(B, K)`.
+        nbytes: `(B,)`.
+        capacity: Bytes per second of each port.
+        ack_s: From the end of a bucket on the wire until its sender knows.
+        step_s: See above.
+    """
+
+    def __init__(
+        self,
+        senders: list[Sender],
+        source: IntArray,
+        ports: IntArray,
+        nbytes: IntArray,
+        capacity: Floats,
+        *,
+        ack_s: float,
+        step_s: float = 0.0,
+    ) -> None:
+        self._senders = senders
+        self._source: list[int] = source.tolist()
+        self._first: list[int] = np.searchsorted(source, np.arange(len(senders))).tolist()
+        self._ports, self._capacity = ports, capacity
+        self._nbytes: list[int] = nbytes.tolist()
+        self._ack_s, self._step_s = ack_s, step_s
+        self._posts: list[tuple[float, int]] = []  # heap of (time, bucket)
+        # Each source has a place for each bucket that it may have on the wire.
+        self._window = max((sender.window for sender in senders), default=1)
+        num = self._window * len(senders)
+        self._is_busy = np.zeros(num, np.bool_)
+        self._left = np.zeros(num)
+        self._late_s = np.zeros(num)  # by which a bucket was on the wire before its first step
+        self._bucket = np.zeros(num, np.int64)
+        self.start_s = np.zeros(len(nbytes))
+        self.end_s = np.zeros(len(nbytes))
+
+    def run(self) -> None:
+        """Move everything; afterwards `start_s` and `end_s` are set."""
+        for source in range(len(self._senders)):
+            self._post(source)
+        now = 0.0
+        while True:
+            if not self._is_busy.any():
+                if not self._posts:
+                    return
+                now = self._posts[0][0]
+                self._enter(now)
+            now = self._advance(now)
+
+    def _advance(self, now: float) -> float:
+        """Go on to the next event, or `step_s` beyond it; return the new time."""
+        places = np.flatnonzero(self._is_busy)
+        rates = max_min_rates(self._ports[self._bucket[places]], self._capacity)
+        begin = now - self._late_s[places]
+        ends = begin + self._left[places] / rates
+        following = float(ends.min())
+        if self._posts:
+            following = min(following, self._posts[0][0])
+        until = max(now, following * (1 + _SAME) + self._step_s)
+        self._left[places] -= rates * (until - begin)
+        self._late_s[places] = 0
+        done = np.flatnonzero(ends <= until)
+        done = done[np.argsort(ends[done], kind="stable")]
+        self._is_busy[places[done]] = False
+        for place, end in zip(places[done].tolist(), ends[done].tolist(), strict=True):
+            self._leave(int(self._bucket[place]), end)
+        self._enter(until)
+        return until
+
+    def _enter(self, now: float) -> None:
+        """Put the buckets on the wire that were posted by now."""
+        while self._posts and self._posts[0][0] <= now:
+            start, bucket = heapq.heappop(self._posts)
+            self.start_s[bucket] = start
+            source = self._source[bucket]
+            place = source * self._window + (bucket - self._first[source]) % self._window
+            self._is_busy[place] = True
+            self._left[place] = self._nbytes[bucket]
+            self._late_s[place] = now - start
+            self._bucket[place] = bucket
+
+    def _leave(self, bucket: int, end: float) -> None:
+        self.end_s[bucket] = end
+        source = self._source[bucket]
+        self._senders[source].arrive(bucket - self._first[source], end + self._ack_s)
+        self._post(source)
+
+    def _post(self, source: int) -> None:
+        sender, first = self._senders[source], self._first[source]
+        while (time_s := sender.next_post()) is not None:
+            heapq.heappush(self._posts, (time_s, first + sender.num_posted - 1))
