@@ -86,6 +86,7 @@ def test_senders_behave_like_threads_with_queues(seed: int) -> None:
     wire = Wire(
         senders,
         np.repeat(np.arange(num_sources), [len(p) for p in programs]),
+        np.array([b.ports[1] for b in buckets], np.int64),
         np.array([b.ports for b in buckets], np.int64).reshape(-1, 2),
         np.array([b.nbytes for b in buckets], np.int64),
         np.array(capacity, float),
@@ -149,6 +150,16 @@ def test_equal_arguments_give_equal_predictions(seed: int) -> None:
     assert (first.end_s == second.end_s).all()
 
 
+def _idle_senders(source: np.ndarray) -> list[Sender]:
+    """Senders that post whatever they may at once."""
+    senders = []
+    for num in np.bincount(source).tolist():
+        no_time = np.zeros(num)
+        work = StageWork(no_time, no_time, no_time, np.zeros(num, np.int64), 1)
+        senders.append(Sender(work, 0.0))
+    return senders
+
+
 @settings(max_examples=scaled(5, 100))
 @given(seeds)
 def test_taking_events_together_changes_little(seed: int) -> None:
@@ -158,16 +169,28 @@ def test_taking_events_together_changes_little(seed: int) -> None:
     sink = (source + np.arange(len(source)) % num) % num_sinks
     nbytes = np.array([rng.randint(80, 100) for _ in source])
     ports = np.stack([source, num_sources + sink], axis=1)
+    capacity = np.ones(num_sources + num_sinks)
     ends = []
     for step_s in (0.0, 0.5):
-        no_time = np.zeros(num)
-        work = StageWork(no_time, no_time, no_time, np.zeros(num, np.int64), 1)
-        senders = [Sender(work, 0.0) for _ in range(num_sources)]
-        capacity = np.ones(num_sources + num_sinks)
-        wire = Wire(senders, source, ports, nbytes, capacity, ack_s=0.0, step_s=step_s)
+        senders = _idle_senders(source)
+        wire = Wire(senders, source, sink, ports, nbytes, capacity, ack_s=0.0, step_s=step_s)
         wire.run()
         ends.append(wire.end_s.max())
     assert ends[1] == pytest.approx(ends[0], rel=0.03)
+
+
+@pytest.mark.parametrize("step_s", [0.0, 0.3, 7.0, 1000.0])
+@pytest.mark.parametrize("num_sinks", [1, 3])
+def test_a_bucket_keeps_its_time_within_a_step(step_s: float, num_sinks: int) -> None:
+    source, sink = np.zeros(30, np.int64), np.arange(30) % num_sinks
+    ports = np.stack([source, 1 + sink], axis=1)
+    # The sinks are a hundred times as fast: the source alone decides.
+    capacity = np.array([1.0] + [100.0] * num_sinks)
+    senders = _idle_senders(source)
+    nbytes = np.full(30, 2)
+    wire = Wire(senders, source, sink, ports, nbytes, capacity, ack_s=0.0, step_s=step_s)
+    wire.run()
+    assert wire.end_s.max() == pytest.approx(60, rel=0.0 if num_sinks == 1 else 0.2, abs=1e-6)
 
 
 def test_the_description_for_tests_costs_nothing_but_the_wire() -> None:

@@ -56,11 +56,18 @@ class ThreadsModel:
         """Go from event to event until nothing is left."""
         while True:
             self._settle()
-            rates = [
-                float(r) for r in water_filling([b.ports for b, _ in self._flows], self._capacity)
-            ]
+            # The first bucket of each pair of ports is on the wire, others wait behind it.
+            pairs = [bucket.ports for bucket, _ in self._flows]
+            heads = [i for i, pair in enumerate(pairs) if pairs.index(pair) == i]
+            shares = water_filling([pairs[i] for i in heads], self._capacity)
+            rates = [0.0] * len(pairs)
+            for i, share in zip(heads, shares, strict=True):
+                rates[i] = float(share)
+                if math.isnan(self._flows[i][0].start_s):
+                    self._flows[i][0].start_s = self.now
             ends = [
-                self.now + left / rate for (_, left), rate in zip(self._flows, rates, strict=True)
+                self.now + left / rate if rate else math.inf
+                for (_, left), rate in zip(self._flows, rates, strict=True)
             ]
             coming = [t for t in self._times if t > self.now] + ends
             if not coming:
@@ -131,7 +138,6 @@ class ThreadsModel:
 
         def write(bucket: Bucket) -> Process:
             yield self._sleep(bucket.write_s)
-            bucket.start_s = self.now
             self._flows.append((bucket, float(bucket.nbytes)))
 
         def complete(bucket: Bucket) -> Process:
