@@ -88,7 +88,7 @@ class Regions:
         box: Box, `(Q,)`.
         piece: Sink piece (of the representative), `(Q,)`.
         lo, n, step: `(Q, 4)`.
-        nbytes: Bytes on the wire: elements in the sink's dtype, `(Q,)`.
+        nbytes: Bytes on the wire, to all replicas: elements in the sink's dtype, `(Q,)`.
         class_start: Regions of class c are `class_start[c] : class_start[c + 1]`, `(C + 1,)`.
     """
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from weightsync.ir.tables import IntArray, sum_by
 from weightsync.planners.bounds import (
+    cut_s,
     held_s,
     message_s,
     nvlink_s,
@@ -110,16 +111,14 @@ def limits_of(
     port_node = np.arange(len(in_rates)) // cluster.ports_per_node
     num_ports = np.bincount(port_node, minlength=len(traffic.node_bytes))
     classes = traffic.holder_start, out_port[traffic.holder], out_rates
+    sent = traffic.class_copy_bytes if strategy == "direct" else traffic.class_node_bytes
     if strategy == "relay":
         duplex = cluster.is_full_duplex
         sender_s = relay_s(
             traffic.unique_bytes, port_need, out_rates, in_rates, is_full_duplex=duplex
         )
-        crossing = traffic.unique_bytes
     else:
-        is_direct = strategy == "direct"
-        sent = traffic.class_copy_bytes if is_direct else traffic.class_node_bytes
-        sender_s, crossing = held_s(sent, *classes), int(sent.sum())
+        sender_s = held_s(sent, *classes)
     pcie, host = _through_host(traffic, cluster, is_offloaded)
     return Limits(
         strategy=strategy,
@@ -127,7 +126,12 @@ def limits_of(
         receiver_dedup_s=slowest_s(traffic.node_bytes / np.maximum(num_ports, 1), rate),
         source_s=held_s(traffic.class_bytes, *classes),
         sender_s=sender_s,
-        cut_s=crossing / cluster.cut_bytes_per_s(quality),
+        cut_s=cut_s(
+            int(sent.sum()),
+            traffic.unique_bytes,
+            cluster.cut_bytes_per_s(quality),
+            has_relays=strategy == "relay",
+        ),
         h2d_s=slowest_s(pcie, cluster.h2d_gb_per_s.of(quality) * GB),
         host_memory_s=slowest_s(host, cluster.host_memory_gb_per_s.of(quality) * GB),
         nvlink_s=nvlink_s(

@@ -48,8 +48,8 @@ def greedy_cuts(is_first: BoolArray, limits: Sequence[tuple[IntArray, int]]) -> 
 
 
 def cut_buckets(
-    lowered: Lowered, sink: Manifest, options: PlanOptions
-) -> tuple[BucketTable, IntArray]:
+    lowered: Lowered, sink: Manifest, count: int, options: PlanOptions
+) -> tuple[BucketTable, IntArray, IntArray]:
     """Cut the chunks of each (source, sink) pair into buckets and order the buckets.
 
     A source starts with a different sink than its neighbours (source s with sink s mod S) and then
@@ -57,12 +57,13 @@ def cut_buckets(
 
     Args:
         lowered: Chunks of whole source ranks, sorted by source and sink memory.
-        sink: Merged manifest.
+        sink: Merged manifest of one replica.
+        count: Replicas; each gets the same chunks.
         options: Budgets.
 
     Returns:
-        The buckets, whose chunk ranges refer to the new order of chunks, and that order: indices
-        into the chunks of `lowered`.
+        The buckets of all replicas, whose chunk ranges refer to the new order of chunks; that
+        order: indices into the chunks of `lowered`; and the replica of each.
     """
     dst_rank = sink.buffers.rank[lowered.dst_buffer].astype(np.int64)
     src_rank = lowered.src_rank
@@ -80,17 +81,20 @@ def cut_buckets(
     end = np.append(begin[1:], len(src_rank))
     pair = np.cumsum(changes)[begin]
     turn = np.arange(len(begin)) - np.searchsorted(pair, pair)  # position inside the pair
-    rotated = (dst_rank[begin] - src_rank[begin]) % len(sink.ranks)
+    replica = np.repeat(np.arange(count), len(begin))
+    begin, end, turn = (np.tile(column, count) for column in (begin, end, turn))
+    to_rank = dst_rank[begin] + replica * len(sink.ranks)
+    rotated = (to_rank - src_rank[begin]) % (len(sink.ranks) * count)
     order = np.lexsort((rotated, turn, src_rank[begin]))
-    begin, end = begin[order], end[order]
+    begin, end, replica, to_rank = begin[order], end[order], replica[order], to_rank[order]
     owner, local = expand(end - begin)
     chunk_start = starts_of(end - begin)
     table = BucketTable(
         src_rank=src_rank[begin].astype(np.int32),
-        dst_rank=dst_rank[begin].astype(np.int32),
+        dst_rank=to_rank.astype(np.int32),
         chunk_lo=chunk_start[:-1],
         chunk_hi=chunk_start[1:],
         nbytes=nbytes[end] - nbytes[begin],
         staging_bytes=staging[end] - staging[begin],
     )
-    return table, begin[owner] + local
+    return table, begin[owner] + local, replica[owner]

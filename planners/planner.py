@@ -88,8 +88,10 @@ def plan_transfer(
     if len(inputs.encoded.table):
         parts = inputs.classes, inputs.boxes
         election = encode.follow_codes(election, *parts, inputs.cells, sink.tensors.shape[like])
-        maxima = encode.shared_maxima(inputs.encoded, sink, *parts, election, inputs.cells)
-    stamped = stamp(inputs.classes, inputs.boxes, inputs.regions, election, options.max_rows)
+        maxima = encode.shared_maxima(inputs.encoded, inputs.sink, *parts, election, inputs.cells)
+    stamped = stamp(
+        inputs.classes, inputs.boxes, inputs.regions, election, options.max_rows // inputs.count
+    )
     rows, chunks, buckets = _lower_all(stamped, inputs, sink, options)
     plan = Plan(
         source=source,
@@ -101,6 +103,7 @@ def plan_transfer(
         options=options,
         maxima=maxima,
     )
+    vars(plan)["encoded"] = inputs.encoded  # the cached property; what replicas store is alike
     plan.validate()
     return plan
 
@@ -124,7 +127,10 @@ def solve_shares(source: Manifest, sink: Manifest, options: PlanOptions | None =
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """What both entry points need: what is encoded, classes, boxes, regions and holder sets."""
+    """What both entry points need: what is encoded, classes, boxes, regions and holder sets.
+
+    All of one replica (`sink`) where the manifest says that it repeats it `count` times.
+    """
 
     encoded: Encoded
     classes: TensorClasses
@@ -132,11 +138,14 @@ class _Inputs:
     regions: Regions
     sets: choose.HolderSets
     cells: CodeCells
+    sink: Manifest
+    count: int
 
     @classmethod
     def of(cls, source: Manifest, sink: Manifest, options: PlanOptions) -> _Inputs:
         if source.side != "source" or sink.side != "sink":
             raise LayoutError(f"plan from a source to a sink, not {source.side} to {sink.side}")
+        sink, count = sink.repeats or (sink, 1)
         encoded = Encoded.of(source, sink)
         held = encoded.source
         match = _match_tensors(held, sink, options)
@@ -144,9 +153,10 @@ class _Inputs:
         cells = CodeCells.of(classes, encoded, len(sink.tensors))
         boxes = find_boxes(classes, held, sink)
         regions = intersect(classes, boxes, held, sink, encoded)
+        regions = dataclasses.replace(regions, nbytes=regions.nbytes * count)
         is_scales = cells.is_scales[classes.first]
         sets = choose.find_holder_sets(classes, boxes, regions, is_scales)
-        return cls(encoded, classes, boxes, regions, sets, cells)
+        return cls(encoded, classes, boxes, regions, sets, cells, sink, count)
 
 
 def _match_tensors(source: Manifest, sink: Manifest, options: PlanOptions) -> IntArray:
@@ -209,11 +219,11 @@ def _lower_all(
     num_rows = num_chunks = num_buckets = 0
     source = inputs.encoded.source
     for block in _blocks(stamped.src_rank):
-        copies = stamped.copies(block, inputs.classes, inputs.boxes, source, sink)
-        lowered = lower(copies, inputs.encoded, sink, options)
-        buckets, order = cut_buckets(lowered, sink, options)
+        copies = stamped.copies(block, inputs.classes, inputs.boxes, source, inputs.sink)
+        lowered = lower(copies, inputs.encoded, inputs.sink, options)
+        buckets, order, replica = cut_buckets(lowered, inputs.sink, inputs.count, options)
         starts = num_rows, num_chunks, num_buckets
-        rows, chunks = _tables(lowered, buckets, order, inputs.encoded, sink, starts)
+        rows, chunks = _tables(lowered, buckets, order, replica, inputs, sink, starts)
         row_tables.append(rows)
         chunk_tables.append(chunks)
         bucket_tables.append(
@@ -243,7 +253,8 @@ def _tables(
     lowered: Lowered,
     buckets: BucketTable,
     order: IntArray,
-    encoded: Encoded,
+    replica: IntArray,
+    inputs: _Inputs,
     sink: Manifest,
     starts: tuple[int, int, int],
 ) -> tuple[RowTable, ChunkTable]:
@@ -252,22 +263,25 @@ def _tables(
     counts = np.diff(lowered.row_start)[order]
     owner, local = expand(counts)
     rows: CopyTable = lowered.rows.take(lowered.row_start[order][owner] + local)
+    made = made_rows(inputs.encoded, inputs.sink, rows.tensor, rows.dst_buffer)
+    kind = np.where(made, RowKind.ENCODE, RowKind.COPY).astype(np.uint8)
     bucket, number = expand(buckets.chunk_hi - buckets.chunk_lo)
-    buffer = lowered.dst_buffer[order]
+    buffer = lowered.dst_buffer[order]  # of the first replica: all have one arena
     row_start = starts_of(counts) + num_rows
     chunks = ChunkTable(
         bucket=(bucket + num_buckets).astype(np.int32),
         number=number.astype(np.int32),
-        dst_offset=sink.arena_offset_bytes[buffer]
-        + lowered.dst_offset[order] * sink.buffers.itemsize[buffer],
+        dst_offset=inputs.sink.arena_offset_bytes[buffer]
+        + lowered.dst_offset[order] * inputs.sink.buffers.itemsize[buffer],
         nbytes=lowered.nbytes[order],
         is_packed=lowered.is_packed[order],
         row_lo=row_start[:-1],
         row_hi=row_start[1:],
     )
     columns = {name: getattr(rows, name) for name in CopyTable.COLUMNS}
-    made = made_rows(encoded, sink, rows.tensor, rows.dst_buffer)
-    kind = np.where(made, RowKind.ENCODE, RowKind.COPY).astype(np.uint8)
+    if inputs.count > 1:
+        shift = (replica * len(inputs.sink.buffers)).astype(np.int32)
+        columns["dst_buffer"] = rows.dst_buffer + shift[owner]
     return RowTable(kind=kind, chunk=(owner + num_chunks).astype(np.int32), **columns), chunks
 
 

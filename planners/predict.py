@@ -19,6 +19,7 @@ from weightsync.errors import PlanBudgetError, PlanError
 from weightsync.ir.plan import Plan
 from weightsync.ir.tables import IntArray, sum_by
 from weightsync.planners.cluster import Cluster, Quality
+from weightsync.planners.protocol import armed_s, decided_s, in_turn, pause_s
 from weightsync.planners.sending import Sender, StageWork
 from weightsync.planners.traffic import BucketWork, bucket_work
 from weightsync.planners.wire import Wire
@@ -30,7 +31,7 @@ Floats = NDArray[np.float64]
 Mode = Literal["staged", "in_place"]
 
 STAGES: Final = ("read", "cast", "write", "wire", "verify")
-_MAX_STEPS: Final = 4000  # plans with more buckets than that take several events in one step
+_MAX_STEPS: Final = 8000  # plans with more buckets than that take several events in one step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +139,9 @@ def predict(
         PlanBudgetError: A bucket needs more staging than the budget.
         PlanError: The plan has rows of a kind that the model does not know.
 
-    Cost: 30 to 50 us a bucket on one core. Plans of more than 4000 buckets are worked out in about
-    as many steps (see `Wire`), which changes the result by less than 1 percent.
+    Cost: 30 to 50 us a bucket on one core. Plans of more than 8000 buckets are worked out in about
+    as many steps (see `Wire`), which changes the result by about 1 percent: so much as rounding
+    does in an exact run, since equal buckets meet in many ties.
     """
     work = bucket_work(plan) if work is None else work
     if work.is_hop.any():
@@ -148,9 +150,7 @@ def predict(
         raise PlanError("rows that sinks pass on (HOP) cannot be predicted yet")
     num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
     rates = _Rates.of(cluster, quality, is_offloaded)
-    control, message = cluster.control_round_trip_s, cluster.control_message_s
-    # Publish, Opened and Write of each source, Arm and Armed of each sink (docs/protocol.md).
-    begin_s = 2 * control + (3 * num_sources + 2 * num_sinks) * message
+    begin_s = armed_s(num_sources, num_sinks, cluster)
     stages = _stage_seconds(plan, work, cluster, rates, is_offloaded)
     budgets = _budgets(plan, staging_bytes)
     senders = [
@@ -171,9 +171,10 @@ def predict(
     arrival = wire.end_s + cluster.latency_s
     dst, nbytes = plan.buckets.dst_rank.astype(np.int64), plan.buckets.nbytes
     verify = cluster.bucket_overhead_s + nbytes / rates.digest
-    verified = _in_turn(dst, arrival, verify, num_sinks)
+    verified = in_turn(dst, arrival, verify, num_sinks)
     verify_end = float(verified.max(initial=begin_s))
-    predicted_s = _decided_s(plan, cluster, senders, verified, begin_s)
+    written = [sender.complete_s[-1] if len(sender) else begin_s for sender in senders]
+    predicted_s = decided_s(plan, cluster, np.array(written), verified, begin_s)
     entered = [
         np.array([t for sender in senders for t in getattr(sender, f"{stage}_start_s")], float)
         for stage in ("read", "cast", "write")
@@ -181,11 +182,7 @@ def predict(
     start = np.stack([*entered, wire.start_s, verified - verify], axis=1)
     left = [begin + spent for begin, spent in zip(entered, stages, strict=True)]
     end = np.stack([*left, wire.end_s, verified], axis=1)
-    wire_s = (
-        float(arrival.max(initial=begin_s) - wire.start_s.min(initial=math.inf))
-        if len(dst)
-        else 0.0
-    )
+    wire_s = float(arrival.max() - wire.start_s.min()) if len(dst) else 0.0
     ports = [
         sum_by(port[rank], nbytes, int(port.max(initial=-1)) + 1)
         for rank, port in (
@@ -197,7 +194,7 @@ def predict(
     return Prediction(
         predicted_s=predicted_s,
         commit_s=predicted_s - verify_end,
-        pause_s=_pause_s(plan, cluster, quality) if mode == "staged" else predicted_s,
+        pause_s=pause_s(plan, cluster, quality) if mode == "staged" else predicted_s,
         wire_s=wire_s,
         source=plan.buckets.src_rank.astype(np.int64),
         sink=dst,
@@ -271,68 +268,10 @@ def _wire(plan: Plan, cluster: Cluster, rates: _Rates, senders: list[Sender]) ->
     return Wire(
         senders,
         buckets.src_rank.astype(np.int64),
+        buckets.dst_rank.astype(np.int64),
         np.stack(ports, axis=1),
         buckets.nbytes,
         capacities,
         ack_s=2 * cluster.latency_s,
         step_s=step_s,
     )
-
-
-def _in_turn(lane: IntArray, arrival: Floats, work: Floats, num_lanes: int) -> Floats:
-    """Return when each item is done if every lane works on one at a time, in order of arrival."""
-    done = np.zeros(len(lane))
-    order = np.lexsort((arrival, lane))
-    ends = np.searchsorted(lane[order], np.arange(num_lanes + 1))
-    for first, last in itertools.pairwise(ends.tolist()):
-        mine = order[first:last]
-        total = np.cumsum(work[mine])
-        # Item k is done when the busy period that it is in began, plus all work since then.
-        done[mine] = total + np.maximum.accumulate(arrival[mine] - total + work[mine])
-    return done
-
-
-def _decided_s(
-    plan: Plan, cluster: Cluster, senders: list[Sender], verified: Floats, begin_s: float
-) -> float:
-    """Return when the last source hears the decision (docs/protocol.md).
-
-    The coordinator takes one message at a time. A source's WritesDone becomes one Expect for each
-    of its sinks; a sink votes when it has verified all and heard from all its sources; the decision
-    is on disk before anybody is told.
-    """
-    way_s, message = cluster.control_round_trip_s / 2, cluster.control_message_s
-    num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
-    src, dst = plan.buckets.src_rank.astype(np.int64), plan.buckets.dst_rank.astype(np.int64)
-    pairs = np.unique(src * num_sinks + dst)
-    num_expects = np.bincount(pairs // max(num_sinks, 1), minlength=num_sources)
-    written = np.array([s.complete_s[-1] if len(s) else begin_s for s in senders], float)
-    one_lane = np.zeros(num_sources, np.int64)
-    handled = np.asarray(message * (1 + num_expects), np.float64)
-    told = _in_turn(one_lane, written + way_s, handled, 1) + way_s
-    ready = np.full(num_sinks, begin_s)
-    np.maximum.at(ready, dst, verified)
-    np.maximum.at(ready, pairs % max(num_sinks, 1), told[pairs // max(num_sinks, 1)])
-    busy_until = float(told.max(initial=begin_s + way_s)) - way_s
-    votes = np.maximum(ready + way_s, busy_until)
-    voted = _in_turn(np.zeros(num_sinks, np.int64), votes, np.full(num_sinks, message), 1)
-    decided = max(float(voted.max(initial=begin_s)), busy_until) + cluster.journal_s
-    return decided + (num_sources + num_sinks) * message + way_s
-
-
-def _pause_s(plan: Plan, cluster: Cluster, quality: Quality) -> float:
-    """Return how long sinks stand still while staged weights become the live ones.
-
-    A copy inside the GPU reads and writes each byte; from host memory it passes PCIe. Around it are
-    ReadyToApply, Apply, Applied and Activate of every sink.
-    """
-    sink = plan.sink.buffers
-    largest = int(
-        sum_by(sink.rank, sink.numel * sink.itemsize, len(plan.sink.ranks)).max(initial=0)
-    )
-    if cluster.is_gpu_direct:
-        copy_s = 2 * largest / (cluster.hbm_gb_per_s.of(quality) * GB)
-    else:
-        copy_s = largest / (cluster.h2d_gb_per_s.of(quality) * GB)
-    messages = 4 * len(plan.sink.ranks) * cluster.control_message_s
-    return copy_s + 2 * cluster.control_round_trip_s + messages

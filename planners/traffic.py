@@ -207,15 +207,16 @@ class _Contents:
 
     @classmethod
     def of(cls, plan: Plan) -> _Contents:
-        source, sink = plan.source, plan.sink
-        classes: TensorClasses = classify(source, sink, plan.tensor_in_source)
+        encoded, sink = plan.encoded, plan.sink
+        source = encoded.source
+        classes: TensorClasses = classify(source, sink, plan.tensor_in_source, encoded.table)
         boxes = find_boxes(classes, source, sink)
-        regions = intersect(classes, boxes, source, sink)
+        regions = intersect(classes, boxes, source, sink, encoded)
         buffer = sink.pieces.buffer[regions.piece]
         num_tensors = np.bincount(classes.of, minlength=len(classes.first))
         return cls(
             regions=regions,
-            sets=find_holder_sets(classes, boxes, regions),
+            sets=find_holder_sets(classes, boxes, regions, np.zeros(len(classes.first), np.bool_)),
             rank=sink.buffers.rank[buffer].astype(np.int64),
             dtype=sink.buffers.dtype[buffer].astype(np.int64),
             times=num_tensors[boxes.tclass[regions.box]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from typing import Final
 
 import numpy as np
@@ -22,6 +23,9 @@ _SAME: Final = 1e-12  # times closer than this, relatively, are one event
 class Wire:
     """Moves the buckets of all senders through shared ports, event by event.
 
+    Buckets of one source for one sink follow one another, as in a fabric's queue for that peer;
+    those of different pairs share the ports that they have in common.
+
     Rates change only when a bucket starts or ends, so time goes from one such event to the next.
     With `step_s` above 0 the events of the following `step_s` are taken together and rates are
     worked out once for all of them. Every bucket keeps its exact times: one that ends inside a step
@@ -31,6 +35,7 @@ class Wire:
     Args:
         senders: One for each source.
         source: Source of each bucket, ascending, `(B,)`.
+        sink: Sink of each bucket, `(B,)`.
         ports: Ports that each bucket passes, `(B, K)`.
         nbytes: `(B,)`.
         capacity: Bytes per second of each port.
@@ -42,6 +47,7 @@ class Wire:
         self,
         senders: list[Sender],
         source: IntArray,
+        sink: IntArray,
         ports: IntArray,
         nbytes: IntArray,
         capacity: Floats,
@@ -51,11 +57,13 @@ class Wire:
     ) -> None:
         self._senders = senders
         self._source: list[int] = source.tolist()
+        self._sink: list[int] = sink.tolist()
         self._first: list[int] = np.searchsorted(source, np.arange(len(senders))).tolist()
         self._ports, self._capacity = ports, capacity
         self._nbytes: list[int] = nbytes.tolist()
         self._ack_s, self._step_s = ack_s, step_s
         self._posts: list[tuple[float, int]] = []  # heap of (time, bucket)
+        self._queues: dict[tuple[int, int], deque[int]] = {}  # of pairs that have a bucket on it
         # Each source has a place for each bucket that it may have on the wire.
         self._window = max((sender.window for sender in senders), default=1)
         num = self._window * len(senders)
@@ -95,25 +103,38 @@ class Wire:
         done = done[np.argsort(ends[done], kind="stable")]
         self._is_busy[places[done]] = False
         for place, end in zip(places[done].tolist(), ends[done].tolist(), strict=True):
-            self._leave(int(self._bucket[place]), end)
+            self._leave(int(self._bucket[place]), end, until)
         self._enter(until)
         return until
 
     def _enter(self, now: float) -> None:
-        """Put the buckets on the wire that were posted by now."""
+        """Put the buckets on the wire that were posted by now, or behind those of their pair."""
         while self._posts and self._posts[0][0] <= now:
             start, bucket = heapq.heappop(self._posts)
-            self.start_s[bucket] = start
-            source = self._source[bucket]
-            place = source * self._window + (bucket - self._first[source]) % self._window
-            self._is_busy[place] = True
-            self._left[place] = self._nbytes[bucket]
-            self._late_s[place] = now - start
-            self._bucket[place] = bucket
+            pair = self._source[bucket], self._sink[bucket]
+            if pair in self._queues:
+                self._queues[pair].append(bucket)
+            else:
+                self._queues[pair] = deque()
+                self._occupy(bucket, start, now)
 
-    def _leave(self, bucket: int, end: float) -> None:
+    def _occupy(self, bucket: int, start: float, now: float) -> None:
+        source = self._source[bucket]
+        place = source * self._window + (bucket - self._first[source]) % self._window
+        self.start_s[bucket] = start
+        self._is_busy[place] = True
+        self._left[place] = self._nbytes[bucket]
+        self._late_s[place] = now - start
+        self._bucket[place] = bucket
+
+    def _leave(self, bucket: int, end: float, now: float) -> None:
         self.end_s[bucket] = end
         source = self._source[bucket]
+        pair = source, self._sink[bucket]
+        if self._queues[pair]:
+            self._occupy(self._queues[pair].popleft(), end, now)
+        else:
+            del self._queues[pair]
         self._senders[source].arrive(bucket - self._first[source], end + self._ack_s)
         self._post(source)
 

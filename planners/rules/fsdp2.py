@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from weightsync.ir.dtypes import Dtype
@@ -24,7 +24,7 @@ class Fsdp2Layout(RuleLayout):
 
     fsdp: int
 
-    def parameters(self, rank: int) -> Iterator[Parameter]:
+    def parameters(self, rank: int, without: Container[int] = ()) -> Iterator[Parameter]:
         """Cuts parameters into chunks of ceil(n / fsdp) rows; see `RuleLayout.parameters`."""
         # The mesh is (replicate, shard), row-major: neighbours share a copy.
         index = rank % self.fsdp

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsync.errors import ConfigError
 from weightsync.ir.builder import ManifestBuilder
 from weightsync.ir.dtypes import Dtype
 from weightsync.ir.manifest import Manifest, Side
+from weightsync.ir.repeat import repeat_layers
 from weightsync.planners.rules.canonical import canonical_tensors
 from weightsync.planners.rules.config import ModelConfig
 from weightsync.planners.rules.parts import Parameter, write
@@ -52,13 +53,16 @@ class RuleLayout(ABC):
                 side=self.side,
             )
         builder = ManifestBuilder(self.side, f"{self.side} {rank}")
-        shapes = self.tensors()
-        write(builder, self.parameters(rank), shapes, self.dtype)
-        for recipe, values, codes, scales in self.encodings():
-            if builder.has(codes):
+        shapes, encodings = self.tensors(), self.encodings()
+        groups = self.like_layers(rank)
+        added = frozenset(layer for group in groups for layer in group[1:])
+        write(builder, self.parameters(rank, added), shapes, self.dtype)
+        for codes in builder.tensors:
+            if codes in encodings:
+                recipe, values, scales = encodings[codes]
                 builder.tensor(values, shapes[values])
                 builder.encode(recipe, values, codes, scales)
-        return builder.build()
+        return repeat_layers(builder.build(), groups)
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Gives the shapes of the canonical tensors that the parameters are parts of.
@@ -68,20 +72,35 @@ class RuleLayout(ABC):
         """
         return canonical_tensors(self.config)
 
-    def encodings(self) -> Iterable[tuple[str, str, str, str]]:
+    def encodings(self) -> Mapping[str, tuple[str, str, str]]:
         """Lists what sources may have to encode.
 
         Returns:
-            Recipe, and the names of the values, codes and scales, of each encoded tensor.
+            Recipe, and the names of the values and scales, of each encoded tensor by the name of
+            its codes.
         """
+        return {}
+
+    def like_layers(self, rank: int) -> Sequence[Sequence[int]]:
+        """Groups the decoder layers that one rank holds alike.
+
+        Args:
+            rank: The rank.
+
+        Returns:
+            Layers whose parameters differ in the number behind `layers.` only; those that are
+            missing are like no other. A manifest describes the first of each group and repeats it.
+        """
+        del rank
         return ()
 
     @abstractmethod
-    def parameters(self, rank: int) -> Iterable[Parameter]:
+    def parameters(self, rank: int, without: Container[int] = ()) -> Iterable[Parameter]:
         """Lists the buffers of one rank.
 
         Args:
             rank: The rank.
+            without: Decoder layers to leave out, of those in `like_layers`.
 
         Returns:
             The parameters, as the rank holds them; empty shards included.

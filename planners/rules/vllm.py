@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from weightsync.ir.dtypes import Dtype
 from weightsync.planners.rules.canonical import (
@@ -12,7 +13,7 @@ from weightsync.planners.rules.canonical import (
     canonical_dtypes,
     canonical_tensors,
 )
-from weightsync.planners.rules.config import ConfigLike, model_config
+from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
 from weightsync.planners.rules.layout import RuleLayout, checked_degree, named_dtype
 from weightsync.planners.rules.parts import Parameter, rows
 from weightsync.planners.rules.quantized import encoded_config, encoded_names
@@ -54,16 +55,23 @@ class VllmLayout(RuleLayout):
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Gives the shapes of the canonical tensors; see `RuleLayout.tensors`."""
-        held = canonical_tensors(self.config, quantized=self.quantized)
-        return held if self.encoding is None else {**canonical_tensors(self.config), **held}
+        if self.encoding is None:
+            return canonical_tensors(self.config, quantized=self.quantized)
+        return _with_values(self.config)
 
-    def encodings(self) -> Iterator[tuple[str, str, str, str]]:
+    def encodings(self) -> Mapping[str, tuple[str, str, str]]:
         """Lists what sources encode; see `RuleLayout.encodings`."""
-        if self.encoding is not None:
-            for names in encoded_names(self.config, canonical_tensors(self.config)):
-                yield (self.encoding, *names)
+        return {} if self.encoding is None else _encodings(self.config, self.encoding)
 
-    def parameters(self, rank: int) -> Iterator[Parameter]:
+    def like_layers(self, rank: int) -> list[list[int]]:
+        """Groups layers with and without experts; see `RuleLayout.like_layers`."""
+        place = self.degrees.place(self.config, rank)
+        if place.moved:  # the balancer puts other experts into every layer
+            return []
+        sparse = [layer for layer in place.layers if self.config.is_sparse(layer)]
+        return [sparse, [layer for layer in place.layers if not self.config.is_sparse(layer)]]
+
+    def parameters(self, rank: int, without: Container[int] = ()) -> Iterator[Parameter]:
         """Lists vLLM's parameters; see `RuleLayout.parameters`."""
         config, degrees = self.config, self.degrees
         place = degrees.place(config, rank)
@@ -78,6 +86,8 @@ class VllmLayout(RuleLayout):
             name = "model.embedding.weight" if is_gpt_oss else EMBEDDING
             yield self._vocab(EMBEDDING, name, tp_rank)
         for layer in place.layers:
+            if layer in without:
+                continue
             prefix = f"model.layers.{layer}."
             yield from attend(checkpoint, prefix, tp, tp_rank)
             if is_gpt_oss:
@@ -105,6 +115,18 @@ class VllmLayout(RuleLayout):
             (rows(tensor, (size, hidden), start, held),) if held else (),
             (((held, 0), (share - held, hidden)),) if held < share else (),
         )
+
+
+@lru_cache(maxsize=2)
+def _with_values(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The quantized checkpoint's tensors and those of BF16 that they take the places of."""
+    return {**canonical_tensors(config), **canonical_tensors(config, quantized=True)}
+
+
+@lru_cache(maxsize=2)
+def _encodings(config: ModelConfig, encoding: str) -> Mapping[str, tuple[str, str, str]]:
+    names = encoded_names(config, canonical_tensors(config))
+    return {codes: (encoding, values, scales) for values, codes, scales in names}
 
 
 def vllm(

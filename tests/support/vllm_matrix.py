@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ class _QuantizedFsdp2(RuleLayout):
 
     fsdp: int
 
-    def parameters(self, rank: int) -> Iterator[Parameter]:
+    def parameters(self, rank: int, without: Container[int] = ()) -> Iterator[Parameter]:
         dtypes = rules.canonical_dtypes(self.config, quantized=True)
         for name, shape in self.tensors().items():
             kind = dtypes.get(name)

@@ -65,9 +65,10 @@ class ManifestBuilder:
         if self._shapes.setdefault(name, dims) != dims:
             raise self._error(f"tensor {name} declared with {self._shapes[name]} and {dims}", name)
 
-    def has(self, tensor: str) -> bool:
-        """Whether a tensor was declared."""
-        return tensor in self._shapes
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that were declared."""
+        return tuple(self._shapes)
 
     def buffer(self, name: str, dtype: Dtype | str, numel: int) -> None:
         """Declare one block of memory of this rank.

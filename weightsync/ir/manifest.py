@@ -105,6 +105,8 @@ class Manifest:
         ranks: Label of each rank for messages, e.g. "source 3".
         tensors, buffers, pieces: The tables.
         encodings: Which tensors of a sink are codes and scales of which values.
+        repeats: One replica and how many of it this manifest is, if that is known: planning then
+            costs what one does. No part of the content.
 
     Raises:
         LayoutError: A piece leaves its tensor or buffer, or a table is not in canonical order.
@@ -117,6 +119,7 @@ class Manifest:
     buffers: BufferTable
     pieces: PieceTable
     encodings: EncodingTable = dataclasses.field(default_factory=EncodingTable.empty)
+    repeats: tuple[Manifest, int] | None = None
 
     def __post_init__(self) -> None:
         manifest_checks.check_labels(self)
@@ -130,6 +133,14 @@ class Manifest:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    @classmethod
+    def trusted(cls, **fields: Any) -> Manifest:
+        """Make a manifest of tables that are valid by construction, without validating them."""
+        made = object.__new__(cls)
+        for name, value in fields.items():
+            object.__setattr__(made, name, value)
+        return made
 
     @functools.cached_property
     def digest(self) -> str:

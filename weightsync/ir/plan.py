@@ -379,10 +379,15 @@ class Plan:
 
         Cost: about 1 us a row; see `weightsync.ir.validate`.
         """
-        from weightsync.ir import validate  # imports this module
+        from weightsync.ir import validate, validate_replicas  # import this module
 
-        validate.validate_structure(self)
-        validate.validate_content(self)
+        proven = self
+        if self.sink.repeats is not None:
+            validate.check_nesting(self)
+            validate.check_constants(self)
+            proven = validate_replicas.first_replica(self, *self.sink.repeats)
+        validate.validate_structure(proven)
+        validate.validate_content(proven)
 
     def to_bytes(self) -> bytes:
         """Return the plan with both manifests as bytes, for goldens and tests.

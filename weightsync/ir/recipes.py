@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from weightsync.errors import ConfigError, LayoutError
 from weightsync.ir.dtypes import Dtype
 from weightsync.ir.pieces import PieceTable, intersect_progressions
-from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, Table, all_dims
+from weightsync.ir.tables import (
+    MAX_DIMS,
+    BoolArray,
+    IntArray,
+    Table,
+    all_dims,
+    front_pad,
+    unique_rows,
+)
 
 if TYPE_CHECKING:
     from weightsync.ir.manifest import TensorTable
@@ -165,21 +173,21 @@ def check_encodings(table: EncodingTable, tensors: TensorTable) -> None:
         or np.isin(table.scales, table.codes).any()
     ):
         raise LayoutError("encodings are of unknown recipes or tensors, not sorted, or overlap")
-    shapes: dict[tuple[int, ...], tuple[IntArray, IntArray]] = {}
-    columns = (table.recipe, *numbers, tensors.shape[table.values], tensors.ndim[table.values])
-    for recipe, values, codes, scales, shape, ndim in zip(*columns, strict=True):
-        key = (int(recipe), int(ndim), *shape.tolist())
-        if key not in shapes:
-            made = RECIPES[recipe].shapes(shape[MAX_DIMS - int(ndim) :].tolist())
-            shapes[key] = tuple(
-                np.array((1,) * (MAX_DIMS - len(dims)) + dims, np.int64) for dims in made
-            )  # type: ignore[assignment]
-        for number, wanted in zip((codes, scales), shapes[key], strict=True):
-            if not np.array_equal(tensors.shape[number], wanted):
+    # Tensors alike are checked once.
+    columns: list[NDArray[Any]] = [table.recipe, tensors.ndim[table.values]]
+    columns += [tensors.shape[number] for number in numbers]
+    first, _ = unique_rows(columns)
+    for row in first.tolist():
+        values, codes, scales = numbers[:, row].tolist()
+        recipe = RECIPES[int(table.recipe[row])]
+        shape = tensors.shape[values, MAX_DIMS - int(tensors.ndim[values]) :].tolist()
+        wanted = front_pad(recipe.shapes(shape), 1)
+        for number, made in zip((codes, scales), wanted, strict=True):
+            if not np.array_equal(tensors.shape[number], made):
                 raise LayoutError(
                     f"tensor {tensors.names[number]} has shape {tensors.shape[number].tolist()}, "
-                    f"but {RECIPES[recipe].name} of {tensors.names[values]} makes "
-                    f"{wanted.tolist()} (shapes padded with 1 in front)",
+                    f"but {recipe.name} of {tensors.names[values]} makes {made.tolist()} (shapes "
+                    "padded with 1 in front)",
                     tensor=tensors.names[number],
                 )
 

@@ -24,7 +24,7 @@ from weightsync.ir.pieces import CONSTANT, hull_elements
 from weightsync.ir.plan import Plan, RowKind
 from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, any_dim, volume_of
 
-__all__ = ["validate_content", "validate_structure"]
+__all__ = ["check_constants", "check_nesting", "validate_content", "validate_structure"]
 
 
 # Others are planned elsewhere (MAX) or not yet (HOP).
@@ -40,10 +40,11 @@ def validate_structure(plan: Plan) -> None:
         PlanError: The tables contradict each other or the manifests.
     """
     _check_rows(plan)
-    _check_nesting(plan)
+    check_nesting(plan)
+    _check_ranks(plan)
     _check_chunks(plan)
     _check_budgets(plan)
-    _check_constants(plan)
+    check_constants(plan)
     _check_maxima(plan)
     _check_edges(plan)
     _check_cover(plan)
@@ -152,7 +153,7 @@ def _leaves(
     return np.asarray((offset < 0) | (last >= side.buffers.numel[buffer]))
 
 
-def _check_nesting(plan: Plan) -> None:
+def check_nesting(plan: Plan) -> None:
     """Check that rows, chunks and buckets follow one another without gaps."""
     rows, chunks, buckets = plan.rows, plan.chunks, plan.buckets
     copies = int(np.count_nonzero(rows.kind != RowKind.CONST))
@@ -167,11 +168,17 @@ def _check_nesting(plan: Plan) -> None:
     number = np.arange(len(chunks)) - buckets.chunk_lo[bucket]
     if not (np.array_equal(bucket, chunks.bucket) and np.array_equal(number, chunks.number)):
         raise PlanError("a chunk belongs to another bucket or place than it says")
+
+
+def _check_ranks(plan: Plan) -> None:
+    """Check that buckets are sorted by source, and hold rows of their own ranks only."""
+    rows, chunks, buckets = plan.rows, plan.chunks, plan.buckets
+    copies = plan.num_sent
     known = ~_outside(buckets.src_rank, len(plan.source.ranks))
     known &= ~_outside(buckets.dst_rank, len(plan.sink.ranks))
     if not known.all() or (np.diff(buckets.src_rank) < 0).any():
         raise PlanError("a bucket has an unknown rank, or buckets are not sorted by source")
-    row_bucket = bucket[owner]
+    row_bucket = chunks.bucket[rows.chunk[:copies]]
     wrong_source = (
         plan.source.buffers.rank[rows.src_buffer[:copies]] != buckets.src_rank[row_bucket]
     )
@@ -233,7 +240,7 @@ def _check_budgets(plan: Plan) -> None:
             raise PlanBudgetError(f"{what}: {int(value.max())}, but the options allow {limit}")
 
 
-def _check_constants(plan: Plan) -> None:
+def check_constants(plan: Plan) -> None:
     """Check that CONST rows are exactly the sink's constant pieces."""
     rows, pieces = plan.rows, plan.sink.pieces
     first = plan.num_sent

@@ -1,0 +1,101 @@
+"""What the protocol adds to a transfer: opening a version, deciding it, adopting it.
+
+Follows docs/protocol.md. The coordinator takes one message at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsync.ir.plan import Plan
+from weightsync.ir.tables import IntArray, sum_by
+from weightsync.planners.cluster import Cluster, Quality
+from weightsync.units import GB
+
+__all__ = ["armed_s", "decided_s", "in_turn", "pause_s"]
+
+Floats = NDArray[np.float64]
+
+
+def armed_s(num_sources: int, num_sinks: int, cluster: Cluster) -> float:
+    """Return the time from the last publish to the first write, in seconds.
+
+    Publish, Opened and Write of each source, Arm and Armed of each sink; two round trips.
+    """
+    messages = 3 * num_sources + 2 * num_sinks
+    return 2 * cluster.control_round_trip_s + messages * cluster.control_message_s
+
+
+def in_turn(lane: IntArray, arrival: Floats, work: Floats, num_lanes: int) -> Floats:
+    """Return when each item is done if every lane works on one at a time, in order of arrival.
+
+    Args:
+        lane: Lane of each item.
+        arrival: When it is there.
+        work: What it takes.
+        num_lanes: Lanes are 0 .. num_lanes - 1.
+    """
+    done = np.zeros(len(lane))
+    order = np.lexsort((arrival, lane))
+    ends = np.searchsorted(lane[order], np.arange(num_lanes + 1))
+    for first, last in itertools.pairwise(ends.tolist()):
+        mine = order[first:last]
+        total = np.cumsum(work[mine])
+        # Item k is done when the busy period that it is in began, plus all work since then.
+        done[mine] = total + np.maximum.accumulate(arrival[mine] - total + work[mine])
+    return done
+
+
+def decided_s(
+    plan: Plan, cluster: Cluster, written: Floats, verified: Floats, begin_s: float
+) -> float:
+    """Return when the last source hears the decision.
+
+    A source's WritesDone becomes one Expect for each of its sinks; a sink votes when it has
+    verified all and heard from all its sources; the decision is on disk before anybody is told.
+
+    Args:
+        plan: Which source sends to which sink.
+        cluster: Times of messages and of the disk.
+        written: When each source knows that all its writes are done, `(S,)`.
+        verified: When each bucket was verified, `(B,)`.
+        begin_s: When writing began.
+    """
+    way_s, message = cluster.control_round_trip_s / 2, cluster.control_message_s
+    num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
+    dst = plan.buckets.dst_rank.astype(np.int64)
+    pairs = np.unique(plan.buckets.src_rank * np.int64(num_sinks) + dst)
+    teller, told = np.divmod(pairs, num_sinks)
+    num_expects = np.bincount(teller, minlength=num_sources)
+    handling = np.asarray(message * (1 + num_expects), np.float64)
+    expects = in_turn(np.zeros(num_sources, np.int64), written + way_s, handling, 1)
+    ready = np.full(num_sinks, begin_s)
+    np.maximum.at(ready, dst, verified)
+    np.maximum.at(ready, told, expects[teller] + way_s)
+    # Votes are handled after the last WritesDone: no sink is ready much earlier.
+    busy_until = float(expects.max(initial=begin_s))
+    votes = np.maximum(ready + way_s, busy_until)
+    voted = in_turn(np.zeros(num_sinks, np.int64), votes, np.full(num_sinks, message), 1)
+    decided = float(voted.max(initial=busy_until)) + cluster.journal_s
+    return decided + (num_sources + num_sinks) * message + way_s
+
+
+def pause_s(plan: Plan, cluster: Cluster, quality: Quality) -> float:
+    """Return how long sinks stand still while staged weights become the live ones.
+
+    A copy inside the GPU reads and writes each byte; from host memory it passes PCIe. Around it are
+    ReadyToApply, Apply, Applied and Activate of every sink.
+    """
+    sink = plan.sink.buffers
+    largest = int(
+        sum_by(sink.rank, sink.numel * sink.itemsize, len(plan.sink.ranks)).max(initial=0)
+    )
+    if cluster.is_gpu_direct:
+        copy_s = 2 * largest / (cluster.hbm_gb_per_s.of(quality) * GB)
+    else:
+        copy_s = largest / (cluster.h2d_gb_per_s.of(quality) * GB)
+    messages = 4 * len(plan.sink.ranks) * cluster.control_message_s
+    return copy_s + 2 * cluster.control_round_trip_s + messages

@@ -1,0 +1,115 @@
+"""Replicas that hold one layout and get one content: prove one, and that the others are like it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from weightsync.errors import PlanError
+from weightsync.ir.manifest import Manifest
+from weightsync.ir.plan import BucketTable, ChunkTable, Plan, RowTable
+from weightsync.ir.tables import IntArray, Table, expand, starts_of
+
+__all__ = ["first_replica"]
+
+_ROWS = tuple(name for name in RowTable.COLUMNS if name not in ("chunk", "dst_buffer"))
+
+
+def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
+    """Return the part of a plan that writes the first replica; check that the others equal it.
+
+    Args:
+        plan: A plan whose rows, chunks and buckets follow one another (`check_nesting`).
+        base: One replica of `plan.sink`.
+        count: Replicas.
+
+    Returns:
+        A plan for `base`. If it is valid and this returns, so is the whole.
+
+    Raises:
+        PlanError: Two replicas get different rows.
+
+    Cost: about 0.1 us a row.
+    """
+    buckets, chunks, rows = plan.buckets, plan.chunks, plan.rows
+    replica, local = np.divmod(buckets.dst_rank, len(base.ranks))
+    # Stable: what a source sends to a sink keeps its order.
+    order = np.lexsort((local, buckets.src_rank, replica))
+    of_replica = _equal_parts(order, np.bincount(replica, minlength=count))
+    first = of_replica[0]
+    chunk_ids = [_members(buckets.chunk_lo, buckets.chunk_hi, ids) for ids in of_replica]
+    row_ids = [_members(chunks.row_lo, chunks.row_hi, ids) for ids in chunk_ids]
+    base_chunks = chunks.take(chunk_ids[0])
+    base_rows = rows.take(row_ids[0])
+    for number in range(1, count):
+        others = of_replica[number], chunk_ids[number], row_ids[number]
+        shift = number * len(base.buffers)
+        alike = _alike(buckets, others[0], buckets.take(first), ("src_rank", "nbytes"))
+        alike &= bool((local[others[0]] == local[first]).all())
+        names = ("number", "dst_offset", "nbytes", "is_packed")
+        alike = alike and _alike(chunks, others[1], base_chunks, names)
+        alike = alike and _alike(rows, others[2], base_rows, _ROWS)
+        if not alike or (rows.dst_buffer[others[2]] != base_rows.dst_buffer + shift).any():
+            raise PlanError(
+                f"the plan writes replica {number} otherwise than replica 0, though both hold the "
+                "same layout; the plan was changed or is a bug of the planner"
+            )
+    # In the order of the whole, which is sorted by source.
+    chunks_of = buckets.chunk_hi[first] - buckets.chunk_lo[first]
+    rows_of = base_chunks.row_hi - base_chunks.row_lo
+    bucket, _ = expand(chunks_of)
+    chunk, _ = expand(rows_of)
+    chunk_start, row_start = starts_of(chunks_of), starts_of(rows_of)
+    constants = np.flatnonzero(plan.sink.buffers.rank[rows.dst_buffer] < len(base.ranks))
+    constants = constants[constants >= plan.num_sent]
+    fixed = rows.take(constants)
+    sent = dataclasses.replace(base_rows, chunk=chunk.astype(np.int32))
+    return dataclasses.replace(
+        plan,
+        sink=base,
+        buckets=BucketTable(
+            src_rank=buckets.src_rank[first],
+            dst_rank=buckets.dst_rank[first],
+            chunk_lo=chunk_start[:-1],
+            chunk_hi=chunk_start[1:],
+            nbytes=buckets.nbytes[first],
+            staging_bytes=buckets.staging_bytes[first],
+        ),
+        chunks=ChunkTable(
+            bucket=bucket.astype(np.int32),
+            number=base_chunks.number,
+            dst_offset=base_chunks.dst_offset,
+            nbytes=base_chunks.nbytes,
+            is_packed=base_chunks.is_packed,
+            row_lo=row_start[:-1],
+            row_hi=row_start[1:],
+        ),
+        rows=RowTable.concat([sent, _with_pieces_of(fixed, plan.sink, base)]),
+    )
+
+
+def _equal_parts(order: IntArray, counts: IntArray) -> list[IntArray]:
+    if (counts != counts[0]).any():
+        raise PlanError(f"the plan has {counts.tolist()} buckets for replicas of one layout")
+    return np.split(order, len(counts))
+
+
+def _members(lo: IntArray, hi: IntArray, ids: IntArray) -> IntArray:
+    """Numbers in the ranges of some rows, one range after the other."""
+    owner, local = expand(hi[ids] - lo[ids])
+    members: IntArray = lo[ids][owner] + local
+    return members
+
+
+def _alike(table: Table, ids: IntArray, wanted: Table, names: tuple[str, ...]) -> bool:
+    return len(ids) == len(wanted) and all(
+        np.array_equal(getattr(table, name)[ids], getattr(wanted, name)) for name in names
+    )
+
+
+def _with_pieces_of(constants: RowTable, sink: Manifest, base: Manifest) -> RowTable:
+    """Number the constant pieces of the first replica as its own manifest does."""
+    # Constants are the first pieces on both sides, in one order inside a replica.
+    mine = np.flatnonzero(sink.buffers.rank[sink.pieces.buffer] < len(base.ranks))
+    return dataclasses.replace(constants, src_offset=np.searchsorted(mine, constants.src_offset))
