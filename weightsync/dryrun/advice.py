@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from weightsync.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -74,13 +76,22 @@ def _limiting(report: PlanReport) -> Iterator[str]:
 
 
 def _waiting(report: PlanReport) -> Iterator[str]:
-    predicted, attainable = report.prediction.predicted_s, report.attainable.physical_limit_s
-    if predicted > attainable * _MANY:
+    prediction, attainable = report.prediction, report.attainable.physical_limit_s
+    if prediction.wire_s > attainable * _MANY:
         yield (
-            f"Predicted is {predicted / attainable:.2f} times the attainable limit "
-            f"({format_seconds(attainable)}): stages wait for each other. Smaller "
-            "transport.bucket_bytes start them sooner; a larger transport.staging_bytes lets more "
-            "of them run at once."
+            f"Bytes are predicted to be on the wire {prediction.wire_s / attainable:.2f} times as "
+            f"long as the attainable limit ({format_seconds(attainable)}): stages, or senders of "
+            "one sink, wait for each other. Smaller transport.bucket_bytes mix them more finely; a "
+            "larger transport.staging_bytes lets more of them run at once."
+        )
+    if prediction.commit_s > prediction.predicted_s * (_MANY - 1):
+        pairs = int(np.count_nonzero(report.traffic.pair_bytes))
+        yield (
+            f"The decision takes {format_seconds(prediction.commit_s)} of it: the coordinator "
+            f"passes on what each of {pairs:,} pairs of source and sink has sent, at "
+            f"{format_seconds(report.cluster.control_message_s)} a message "
+            "(cluster.control_message_s). Fewer pairs, with shards of both sides cut more alike, "
+            "make it shorter."
         )
 
 
