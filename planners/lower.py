@@ -9,6 +9,7 @@ others interleave with is cut into its destination runs; neighbours are joined u
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,6 +55,17 @@ class Lowered:
     dst_offset: IntArray
     nbytes: IntArray
     is_packed: BoolArray
+
+    @classmethod
+    def concat(cls, parts: Sequence[Lowered]) -> Lowered:
+        """Join the parts of ascending source ranks."""
+        if not parts:
+            none = np.zeros(0, np.int64)
+            return cls(CopyTable.empty(), starts_of(none), none, none, none, none, none > 0)
+        starts = starts_of(np.concatenate([np.diff(part.row_start) for part in parts]))
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in ("rows", "row_start")]
+        columns = {n: np.concatenate([getattr(part, n) for part in parts]) for n in names}
+        return cls(CopyTable.concat([part.rows for part in parts]), starts, **columns)
 
 
 def lower(copies: CopyTable, encoded: Encoded, sink: Manifest, options: PlanOptions) -> Lowered:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.plan import BucketTable, PlanOptions
-from weightsync.ir.tables import BoolArray, IntArray, expand, starts_of
+from weightsync.ir.tables import BoolArray, IntArray, expand, starts_of, sum_by
 
 if TYPE_CHECKING:
     from weightsync.planners.lower import Lowered
+
+_SIZES = 64  # powers of two that byte counts lie between
 
 __all__ = ["cut_buckets", "greedy_cuts"]
 
@@ -52,9 +55,6 @@ def cut_buckets(
 ) -> tuple[BucketTable, IntArray, IntArray]:
     """Cut the chunks of each (source, sink) pair into buckets and order the buckets.
 
-    A source starts with a different sink than its neighbours (source s with sink s mod S) and then
-    takes turns, one bucket for each sink, so that all sinks fill evenly and none is swamped.
-
     Args:
         lowered: Chunks of whole source ranks, sorted by source and sink memory.
         sink: Merged manifest of one replica.
@@ -79,13 +79,10 @@ def cut_buckets(
     ]
     begin = greedy_cuts(changes, limits)
     end = np.append(begin[1:], len(src_rank))
-    pair = np.cumsum(changes)[begin]
-    turn = np.arange(len(begin)) - np.searchsorted(pair, pair)  # position inside the pair
     replica = np.repeat(np.arange(count), len(begin))
-    begin, end, turn = (np.tile(column, count) for column in (begin, end, turn))
+    begin, end = np.tile(begin, count), np.tile(end, count)
     to_rank = dst_rank[begin] + replica * len(sink.ranks)
-    rotated = (to_rank - src_rank[begin]) % (len(sink.ranks) * count)
-    order = np.lexsort((rotated, turn, src_rank[begin]))
+    order = _interleaved(src_rank[begin], to_rank, nbytes[end] - nbytes[begin])
     begin, end, replica, to_rank = begin[order], end[order], replica[order], to_rank[order]
     owner, local = expand(end - begin)
     chunk_start = starts_of(end - begin)
@@ -98,3 +95,55 @@ def cut_buckets(
         staging_bytes=staging[end] - staging[begin],
     )
     return table, begin[owner] + local, replica[owner]
+
+
+def _interleaved(src: IntArray, dst: IntArray, nbytes: IntArray) -> IntArray:
+    """Order the buckets of each source so that all pairs advance in proportion to their bytes.
+
+    If every pair sends at `its bytes / the time of the busiest port`, no port is ever above its
+    rate and all finish with it (the fluid schedule of an open shop, Gonzalez and Sahni 1976).
+    Buckets are that schedule in steps: a pair's are spread evenly over the time from 0 to 1, each
+    pair's from an own phase on. Phases come from where a pair stands in the bytes of its source and
+    of its sink, like the cells of a Latin square: a source serves its sinks in turn while the
+    sources of a sink take turns, too.
+
+    Args:
+        src: Source of each bucket, `(N,)`.
+        dst: Its sink; buckets of one pair are in their order.
+        nbytes: Its bytes.
+
+    Returns:
+        The order, sorted by source, `(N,)`.
+    """
+    num_dst = int(dst.max(initial=0)) + 1
+    pairs, pair = np.unique(src * num_dst + dst, return_inverse=True)
+    total = sum_by(pair, nbytes, len(pairs))
+    of_src, of_dst = np.divmod(pairs, num_dst)
+    by_pair = np.argsort(pair, kind="stable")
+    before = np.empty_like(nbytes)
+    before[by_pair] = _before(pair[by_pair], nbytes[by_pair])
+    # Pairs of like sizes share the time among themselves: the few large ones of a source take turns
+    # all the time, the many small ones come one by one.
+    size = np.frexp(total.astype(np.float64))[1].astype(np.int64)
+    place_src = _places(of_src * _SIZES + size, of_dst)
+    place_dst = _places(of_dst * _SIZES + size, of_src)
+    phase = (place_src - place_dst) % 1.0
+    when = (before + phase[pair] * nbytes) / total[pair]
+    return np.lexsort((dst, when, src))
+
+
+def _before(group: IntArray, values: IntArray) -> IntArray:
+    """Return the sum of the values before each in its group; rows are sorted by group."""
+    starts = starts_of(values)[:-1]
+    return starts - starts[np.searchsorted(group, group)]
+
+
+def _places(group: IntArray, key: IntArray) -> NDArray[np.float64]:
+    """Return each row's place in its group by a key, as a fraction of the group's length."""
+    order = np.lexsort((key, group))
+    ranked = group[order]
+    place = np.empty(len(group))
+    first = np.searchsorted(ranked, ranked)
+    count = np.searchsorted(ranked, ranked, side="right") - first
+    place[order] = (np.arange(len(group)) - first) / count
+    return place

@@ -214,39 +214,23 @@ def _blocks(src_rank: IntArray) -> Iterator[slice]:
 def _lower_all(
     stamped: Stamped, inputs: _Inputs, sink: Manifest, options: PlanOptions
 ) -> tuple[RowTable, ChunkTable, BucketTable]:
-    """Lower block by block and number rows, chunks and buckets through."""
-    row_tables, chunk_tables, bucket_tables = [], [], []
-    num_rows = num_chunks = num_buckets = 0
-    source = inputs.encoded.source
+    """Lower block by block, for one replica, then bring the buckets of all into their order."""
+    source, num_rows, parts = inputs.encoded.source, 0, []
     for block in _blocks(stamped.src_rank):
         copies = stamped.copies(block, inputs.classes, inputs.boxes, source, inputs.sink)
-        lowered = lower(copies, inputs.encoded, inputs.sink, options)
-        buckets, order, replica = cut_buckets(lowered, inputs.sink, inputs.count, options)
-        starts = num_rows, num_chunks, num_buckets
-        rows, chunks = _tables(lowered, buckets, order, replica, inputs, sink, starts)
-        row_tables.append(rows)
-        chunk_tables.append(chunks)
-        bucket_tables.append(
-            dataclasses.replace(
-                buckets,
-                chunk_lo=buckets.chunk_lo + num_chunks,
-                chunk_hi=buckets.chunk_hi + num_chunks,
-            )
-        )
-        num_rows, num_chunks = num_rows + len(rows), num_chunks + len(chunks)
-        num_buckets += len(buckets)
+        parts.append(lower(copies, inputs.encoded, inputs.sink, options))
+        num_rows += len(parts[-1].rows) * inputs.count
         if num_rows > options.max_rows:
             raise PlanBudgetError(
-                f"the plan has over {num_rows} rows, more than max_rows ({options.max_rows})",
+                f"the plan has over {num_rows} rows, more than max_rows ({options.max_rows}); "
+                "raise it, or shard both sides more alike",
                 rows=num_rows,
                 budget=options.max_rows,
             )
-    row_tables.append(_constant_rows(sink))
-    return (
-        RowTable.concat(row_tables),
-        ChunkTable.concat(chunk_tables),
-        BucketTable.concat(bucket_tables),
-    )
+    lowered = Lowered.concat(parts)
+    del parts
+    buckets, order, replica = cut_buckets(lowered, inputs.sink, inputs.count, options)
+    return *_tables(lowered, buckets, order, replica, inputs, _constant_rows(sink)), buckets
 
 
 def _tables(
@@ -255,21 +239,27 @@ def _tables(
     order: IntArray,
     replica: IntArray,
     inputs: _Inputs,
-    sink: Manifest,
-    starts: tuple[int, int, int],
+    constants: RowTable,
 ) -> tuple[RowTable, ChunkTable]:
-    """Bring rows and chunks into the order of the buckets and number them from `starts` on."""
-    num_rows, num_chunks, num_buckets = starts
+    """Bring rows and chunks into the order of the buckets and number them; constants come last."""
     counts = np.diff(lowered.row_start)[order]
     owner, local = expand(counts)
-    rows: CopyTable = lowered.rows.take(lowered.row_start[order][owner] + local)
-    made = made_rows(inputs.encoded, inputs.sink, rows.tensor, rows.dst_buffer)
-    kind = np.where(made, RowKind.ENCODE, RowKind.COPY).astype(np.uint8)
+    index = lowered.row_start[order][owner] + local
+    columns = {}
+    for name in CopyTable.COLUMNS:  # straight into its place: these are the largest arrays of all
+        before, last = getattr(lowered.rows, name), getattr(constants, name)
+        columns[name] = np.empty((len(index) + len(last), *before.shape[1:]), before.dtype)
+        np.take(before, index, axis=0, out=columns[name][: len(index)], mode="clip")
+        columns[name][len(index) :] = last
+    sent = slice(len(index))
+    made = made_rows(
+        inputs.encoded, inputs.sink, columns["tensor"][sent], columns["dst_buffer"][sent]
+    )
     bucket, number = expand(buckets.chunk_hi - buckets.chunk_lo)
     buffer = lowered.dst_buffer[order]  # of the first replica: all have one arena
-    row_start = starts_of(counts) + num_rows
+    row_start = starts_of(counts)
     chunks = ChunkTable(
-        bucket=(bucket + num_buckets).astype(np.int32),
+        bucket=bucket.astype(np.int32),
         number=number.astype(np.int32),
         dst_offset=inputs.sink.arena_offset_bytes[buffer]
         + lowered.dst_offset[order] * inputs.sink.buffers.itemsize[buffer],
@@ -278,11 +268,13 @@ def _tables(
         row_lo=row_start[:-1],
         row_hi=row_start[1:],
     )
-    columns = {name: getattr(rows, name) for name in CopyTable.COLUMNS}
     if inputs.count > 1:
         shift = (replica * len(inputs.sink.buffers)).astype(np.int32)
-        columns["dst_buffer"] = rows.dst_buffer + shift[owner]
-    return RowTable(kind=kind, chunk=(owner + num_chunks).astype(np.int32), **columns), chunks
+        columns["dst_buffer"][sent] += shift[owner]
+    kind = np.where(made, np.uint8(RowKind.ENCODE), np.uint8(RowKind.COPY))
+    columns["kind"] = np.concatenate([kind, constants.kind])
+    columns["chunk"] = np.concatenate([owner.astype(np.int32), constants.chunk])
+    return RowTable(**columns), chunks
 
 
 def _constant_rows(sink: Manifest) -> RowTable:
