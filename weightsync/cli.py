@@ -358,7 +358,7 @@ def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     "  weightsync plan model.config=Qwen3-8B trainer=fsdp2 trainer.fsdp=16 rollout=vllm "
     "rollout.tp=4 rollout.replicas=2 rollout.encoding=fp8_block\n\n"
     "  weightsync plan model=llama_3_1_8b trainer=fsdp8 rollout=tp1 cluster=eth_25g "
-    "cluster.posting_threads=2 --out plan.parquet\n\n"
+    "cluster.posting_threads=2 --out plan.parquet --report plan.html\n\n"
     "  weightsync plan --config-dir ours cluster=our_cluster model=kimi_k2 trainer=fsdp64 "
     "rollout=ep32\n\n"
     "Wrong names are answered with those that there are. docs/plan.md explains every number.\n\n",
@@ -382,6 +382,14 @@ def plan_command(
         Path | None,
         typer.Option(metavar="FILE.parquet", help="Every row of the plan; needs pyarrow."),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="A page with pictures of all that; needs Jinja2."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="The predicted timeline, for ui.perfetto.dev."),
+    ] = None,
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -393,8 +401,8 @@ def plan_command(
     def run(console: Console) -> dict[str, Any]:
         from weightsync.dryrun.command import PlanCommand, run_plan
 
-        command = PlanCommand([] if overrides is None else overrides, config_dir, out)
-        return run_plan(command, console)
+        chosen = [] if overrides is None else overrides
+        return run_plan(PlanCommand(chosen, config_dir, out, report, trace), console)
 
     # Whatever does not fit together, the user chose.
     bad_input = (ConfigError, LayoutError, PlanBudgetError)

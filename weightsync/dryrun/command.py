@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from weightsync.dryrun import rows
+from weightsync.dryrun import page, rows
 from weightsync.dryrun.choices import Values, choose, preset
 from weightsync.dryrun.planning import DryRun, read_model
 from weightsync.dryrun.sides import make_layout
@@ -39,11 +39,15 @@ class PlanCommand:
         overrides: Of the groups, as Hydra writes them.
         config_dir: A folder with groups of the user.
         out: Parquet file for the rows of the plan.
+        page: HTML file for the report.
+        trace: JSON file for the predicted timeline.
     """
 
     overrides: Sequence[str]
     config_dir: Path | None = None
     out: Path | None = None
+    page: Path | None = None
+    trace: Path | None = None
 
 
 def run_plan(command: PlanCommand, console: Console) -> dict[str, Any]:
@@ -62,16 +66,25 @@ def run_plan(command: PlanCommand, console: Console) -> dict[str, Any]:
     """
     if command.out is not None:
         rows.check_target(command.out)
+    if command.page is not None:
+        page.check_page_target(command.page)
     dry_run = read_choices(choose(command.overrides, command.config_dir))
     stderr = Console(stderr=True)
     with stderr.status("planning") as status, _overrides_named():
         report = dry_run.run(status.update)
-        if command.out is not None:
-            status.update(f"writing {len(report.plan.rows):,} rows to {command.out}")
-            report.write_rows(command.out)
+        files: tuple[tuple[str, Path | None, Callable[[Path], None]], ...] = (
+            ("rows of the plan", command.out, report.write_rows),
+            ("report", command.page, report.write_page),
+            ("predicted timeline", command.trace, report.write_trace),
+        )
+        for what, path, write in files:
+            if path is not None:
+                status.update(f"writing {what}")
+                write(path)
     report.print(console)
-    if command.out is not None:
-        stderr.print(f"rows of the plan: {command.out}", soft_wrap=True, highlight=False)
+    for what, path, _ in files:
+        if path is not None:
+            stderr.print(f"{what}: {path}", soft_wrap=True, highlight=False)
     return report.to_json()
 
 

@@ -169,6 +169,26 @@ class PlanReport:
         }
         write_rows(self.plan, self.cluster, Path(path), facts)
 
+    def write_page(self, path: str | Path) -> None:
+        """Write the report as one HTML file that needs no network.
+
+        Raises:
+            ConfigError: Jinja2 is not installed, or the file cannot be written.
+        """
+        from weightsync.dryrun.page import write_page
+
+        write_page(self, Path(path))
+
+    def write_trace(self, path: str | Path) -> None:
+        """Write the predicted timeline for ui.perfetto.dev.
+
+        Raises:
+            ConfigError: The file cannot be written.
+        """
+        from weightsync.dryrun.timeline import write_trace
+
+        write_trace(self, Path(path))
+
 
 def _spread(values: IntArray) -> dict[str, Any]:
     return {"min": int(values.min()), "mean": float(values.mean()), "max": int(values.max())}

@@ -1,0 +1,158 @@
+"""How busy ranks and ports are over the predicted time: pictures of the report, and the trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weightsync.ir.tables import IntArray
+from weightsync.planners.predict import STAGES
+from weightsync.telemetry.trace import Trace
+from weightsync.units import gb_per_s
+
+if TYPE_CHECKING:
+    from weightsync.dryrun.report import PlanReport
+
+__all__ = ["Panel", "panels", "write_trace"]
+
+Floats = NDArray[np.float64]
+
+_BINS: Final = 240
+# A trace of more is slow to open; ranks are left out, never buckets of a rank.
+_MAX_SPANS: Final = 100_000
+
+_TITLES: Final = {
+    "read": "read: wait for staging, and PCIe where weights cross it",
+    "cast": "cast: pack, cast, encode and digest",
+    "write": "write: post one-sided writes",
+    "wire": "send: bytes leave over the rank's share of its NICs",
+    "receive": "receive: bytes arrive over the rank's share of its NICs",
+    "verify": "verify: digest what arrived",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One stage over time.
+
+    Attributes:
+        stage: Its name.
+        title: What happens in it.
+        side: "source" or "sink".
+        busy: Share of each time step in which each rank (for the wire: of the rate that its port
+            has) was in use, `(ranks, steps)`.
+    """
+
+    stage: str
+    title: str
+    side: str
+    busy: Floats
+
+
+def panels(report: PlanReport) -> list[Panel]:
+    """Work out how busy every rank is in every stage, up to the predicted end."""
+    prediction, plan, cluster = report.prediction, report.plan, report.cluster
+    edges = np.linspace(0, max(prediction.predicted_s, 1e-12), _BINS + 1)
+    num = {"source": len(plan.source.ranks), "sink": len(plan.sink.ranks)}
+    rank = {"source": prediction.source, "sink": prediction.sink}
+    sharing = cluster.gpus_per_node // cluster.ports_per_node
+    rate = cluster.port_bytes_per_s("attainable") / sharing
+    found = []
+    for stage, title in _TITLES.items():
+        number = STAGES.index("wire" if stage == "receive" else stage)
+        side = "sink" if stage in ("receive", "verify") else "source"
+        start, end = prediction.start_s[:, number], prediction.end_s[:, number]
+        weight = np.ones(len(start))
+        if stage in ("wire", "receive"):
+            weight = plan.buckets.nbytes / np.maximum(end - start, 1e-12) / rate
+        busy = _busy(rank[side], num[side], start, end, weight, edges)
+        if busy.any():
+            found.append(Panel(stage, title, side, busy))
+    return found
+
+
+def _busy(
+    rank: IntArray, num_ranks: int, start: Floats, end: Floats, weight: Floats, edges: Floats
+) -> Floats:
+    """Return the mean of `sum of weight over what is going on` in each step, `(ranks, steps)`.
+
+    The integral up to an edge T is `sum of w max(T - start, 0) - w max(T - end, 0)`; sums of w and
+    of w times its moment over all moments before each edge give it for all edges at once.
+    """
+    steps = len(edges) - 1
+    width = edges[1] - edges[0]
+    total = np.zeros((num_ranks, steps + 1))
+    for moment, sign in ((start, 1.0), (end, -1.0)):
+        place = np.clip((moment / width).astype(np.int64) + 1, 0, steps)
+        slot = rank * (steps + 1) + place
+        size = num_ranks * (steps + 1)
+        slope = np.bincount(slot, weight, size).reshape(num_ranks, -1).cumsum(axis=1)
+        offset = np.bincount(slot, weight * moment, size).reshape(num_ranks, -1).cumsum(axis=1)
+        total += sign * (slope * edges - offset)
+    return np.asarray(np.maximum(np.diff(total, axis=1) / width, 0))
+
+
+def write_trace(report: PlanReport, path: Path) -> None:
+    """Write the predicted timeline for Perfetto: a process a rank, a track a stage.
+
+    Where there are too many buckets, the ranks that finish last are kept.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    prediction, plan = report.prediction, report.plan
+    end = prediction.end_s[:, STAGES.index("verify")]
+    trace = Trace()
+    budget = _MAX_SPANS // 2
+    for side, ranks in (("source", prediction.source), ("sink", prediction.sink)):
+        stages = ("wire", "verify") if side == "sink" else ("read", "cast", "write", "wire")
+        labels = plan.source.ranks if side == "source" else plan.sink.ranks
+        for number in _kept(ranks, end, budget // len(stages), len(labels)):
+            mine = np.flatnonzero(ranks == number)
+            for stage in stages:
+                _add_stage(trace, report, f"{labels[number]} (predicted)", stage, side, mine)
+    trace.write(path)
+
+
+def _kept(rank: IntArray, end: Floats, budget: int, num_ranks: int) -> list[int]:
+    """Choose ranks with at most so many buckets together, those that finish last first."""
+    finish = np.zeros(num_ranks)
+    np.maximum.at(finish, rank, end)
+    order = np.argsort(-finish, kind="stable")
+    spent = np.cumsum(np.bincount(rank, minlength=num_ranks)[order])
+    return sorted(order[: max(1, int(np.searchsorted(spent, budget, side="right")))].tolist())
+
+
+def _add_stage(
+    trace: Trace, report: PlanReport, process: str, stage: str, side: str, mine: IntArray
+) -> None:
+    """Add the spans of one stage of one rank; what overlaps goes to further tracks."""
+    prediction, plan = report.prediction, report.plan
+    number = STAGES.index(stage)
+    start, end = prediction.start_s[mine, number], prediction.end_s[mine, number]
+    peers = prediction.sink if side == "source" else prediction.source
+    labels = plan.sink.ranks if side == "source" else plan.source.ranks
+    nbytes = plan.buckets.nbytes
+    name = {"wire": "send" if side == "source" else "receive"}.get(stage, stage)
+    lanes: list[float] = []
+    for place in np.argsort(start, kind="stable").tolist():
+        begin, until = float(start[place]), float(end[place])
+        if until <= begin:
+            continue
+        lane = next((i for i, free in enumerate(lanes) if free <= begin), len(lanes))
+        lanes[lane : lane + 1] = [until]
+        bucket = int(mine[place])
+        trace.add(
+            process,
+            name if lane == 0 else f"{name} {lane + 1}",
+            f"bucket {bucket}",
+            begin,
+            until,
+            bytes=int(nbytes[bucket]),
+            peer=labels[int(peers[bucket])],
+            gb_per_s=round(gb_per_s(int(nbytes[bucket]), until - begin), 3),
+        )
