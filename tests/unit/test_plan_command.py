@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,22 @@ def test_every_model_that_ships_has_an_option_of_its_name() -> None:
         dry_run = read_choices(groups)
         assert dry_run.model == name
         assert dry_run.trainer.config == rules.model_config(path)  # type: ignore[attr-defined]
+
+
+def test_every_argument_of_a_rule_is_a_key_of_its_kind() -> None:
+    """With the same default, but for what the command line decides otherwise."""
+    decided = {"dtype": "BF16", "quantized": False, "ep": 1, "fsdp": 1, "dp": 1}
+    for group, kinds in KINDS.items():
+        for kind in kinds:
+            values = choose(["model=kimi_k2", "trainer=fsdp2", "rollout=vllm", f"{group}={kind}"])
+            if not hasattr(rules, kind):
+                continue
+            arguments = dict(inspect.signature(getattr(rules, kind)).parameters)
+            del arguments["config"]
+            for key, parameter in arguments.items():
+                default = decided.get(key, parameter.default)
+                wanted = list(default) if isinstance(default, tuple) else default
+                assert values[group][key] == wanted, f"{group}={kind} {key}"
 
 
 def test_the_headline_preset_says_what_the_field_runs() -> None:

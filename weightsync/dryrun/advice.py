@@ -139,10 +139,11 @@ def _source(report: PlanReport) -> str:
 
 
 def _sender(report: PlanReport) -> str:
-    return (
-        "The sinks together need more than those who hold it can send in that time: fewer "
-        "replicas at a time, more holders (trainer.replicate), or relays between replicas."
-        + _fewer_bytes(report)
+    ways = "more ranks that hold the same (trainer.replicate, trainer.dp) or more trainer NICs"
+    if report.rollout["replicas"] > 1:
+        ways += ", fewer replicas at a time, or relays between them"
+    return f"The sinks together need more than its holders can send sooner: {ways}." + _fewer_bytes(
+        report
     )
 
 
