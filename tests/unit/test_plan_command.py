@@ -177,6 +177,7 @@ BASE = ("model=qwen3_0_6b", "trainer=fsdp8", "rollout=vllm")
         ((*BASE, "trainer.kind=fsdp3"), ("trainer.kind=fsdp3", "megatron, zero3")),
         ((*BASE, "trainer.fsdp=0"), ("positive integer", "change trainer.fsdp")),
         ((*BASE, "~trainer.fsdp"), ("needs trainer.fsdp",)),
+        ((*BASE, "+trainer.bright=true"), ("trainer.bright=True",)),
         ((*BASE, "+trainer.colour=5"), ("trainer.colour=5", "fsdp, replicate")),
         ((*BASE, "cluster.latency_s=fast"), ("latency_s='fast'",)),
         ((*BASE, "transport.bucket_bytes=8Mi"), ("transport.bucket_bytes", "MiB")),

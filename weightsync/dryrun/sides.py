@@ -15,7 +15,7 @@ from weightsync.ir.pieces import sorted_pieces
 from weightsync.planners import rules
 from weightsync.planners.rules import ModelConfig, RuleLayout
 
-__all__ = ["KINDS", "SizedLayout", "describe", "make_layout", "manifest_of"]
+__all__ = ["KINDS", "SizedLayout", "describe", "is_neutral", "make_layout", "manifest_of"]
 
 KINDS: Final = {"trainer": ("fsdp2", "megatron", "zero3"), "rollout": ("vllm", "sglang")}
 """Kinds of each group. A kind is the name of a function in `weightsync.planners.rules`."""
@@ -58,7 +58,7 @@ def make_layout(group: str, values: Mapping[str, Any], model: ModelConfig) -> Ru
     for key, value in values.items():
         if key in parameters:
             arguments[key] = tuple(value) if isinstance(value, list) else value
-        elif key not in ("kind", *_OWN_KEYS[group]) and value not in (None, False, 1):
+        elif key not in ("kind", *_OWN_KEYS[group]) and not is_neutral(value):
             raise ConfigError(
                 f"{group}.{key}={value}: layouts of {kind} have no {key} yet; they take "
                 f"{', '.join(parameters)}"
@@ -73,6 +73,11 @@ def make_layout(group: str, values: Mapping[str, Any], model: ModelConfig) -> Ru
         if not named:
             raise
         raise ConfigError(f"{error}; change {group}.{named[0]}", **error.context) from error
+
+
+def is_neutral(value: Any) -> bool:
+    """Whether a value asks for nothing: no degree beyond 1, no flag, no name."""
+    return value is not True and value in (None, False, 1)
 
 
 def manifest_of(

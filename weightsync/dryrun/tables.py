@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weightsync.dryrun.advice import LIMITS, advice
+from weightsync.dryrun.sides import is_neutral
 from weightsync.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def side_text(values: Any) -> str:
     shown = [
         f"{key}={value}"
         for key, value in values.items()
-        if key not in ("kind", "ranks") and "padding" not in key and value not in (None, False, 1)
+        if key not in ("kind", "ranks") and "padding" not in key and not is_neutral(value)
         if key in _WORDS or not isinstance(value, str | list)
     ]
     ranks = values["ranks"]
