@@ -84,6 +84,7 @@ def test_a_plan_for_repeated_replicas_is_that_of_the_merged_ones(
     repeated = repeat_ranks(Manifest.merge("sink", ranks), labels)
     assert (repeated.digest, repeated.repeats is None) == (merged.digest, False)
     assert Manifest.from_bytes(repeated.to_bytes()) == merged
+    assert dataclasses.replace(repeated, ranks=repeated.ranks).repeats is None
     options = PlanOptions(bucket_bytes=1 << 16, chunk_bytes=1 << 14, slot_bytes=1 << 16)
     if encoding is not None:
         options = PlanOptions()

@@ -119,7 +119,7 @@ class Manifest:
     buffers: BufferTable
     pieces: PieceTable
     encodings: EncodingTable = dataclasses.field(default_factory=EncodingTable.empty)
-    repeats: tuple[Manifest, int] | None = None
+    repeats: tuple[Manifest, int] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         manifest_checks.check_labels(self)

@@ -65,7 +65,7 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
     constants = constants[constants >= plan.num_sent]
     fixed = rows.take(constants)
     sent = dataclasses.replace(base_rows, chunk=chunk.astype(np.int32))
-    return dataclasses.replace(
+    proven = dataclasses.replace(
         plan,
         sink=base,
         buckets=BucketTable(
@@ -87,6 +87,8 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
         ),
         rows=RowTable.concat([sent, _with_pieces_of(fixed, plan.sink, base)]),
     )
+    vars(proven)["encoded"] = plan.encoded  # the cached property: of the same tensors
+    return proven
 
 
 def _equal_parts(order: IntArray, counts: IntArray) -> list[IntArray]:
