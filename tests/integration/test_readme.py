@@ -54,7 +54,7 @@ def test_what_fragments_import_exists() -> None:
 
 def test_every_option_exists() -> None:
     runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
-    commands = (["demo"], ["bench", "transfer"], ["load"], ["export"])
+    commands = (["demo"], ["bench", "transfer"], ["load"], ["export"], ["plan"])
     helps = "".join(runner.invoke(app, [*command, "--help"]).output for command in commands)
     ours = "\n".join(line for line in README.splitlines() if "vllm serve" not in line)
     options = set(re.findall(r"--[a-z]+", ours))
