@@ -222,7 +222,7 @@ def asked(plan: Plan) -> dict[Any, list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("kind", [Fp8Fleet, Mxfp4Fleet])
-@settings(max_examples=scaled(40, 1500))
+@settings(max_examples=scaled(20, 1500))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_codes_scales_and_maxima(kind: Any, seed: int) -> None:
     rng = random.Random(seed)
