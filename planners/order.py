@@ -15,9 +15,9 @@ from weightsync.ir.tables import BoolArray, IntArray, expand, starts_of, sum_by
 if TYPE_CHECKING:
     from weightsync.planners.lower import Lowered
 
-_SIZES = 64  # powers of two that byte counts lie between
-
 __all__ = ["cut_buckets", "greedy_cuts"]
+
+_SIZES = 64  # powers of two that byte counts lie between
 
 
 def greedy_cuts(is_first: BoolArray, limits: Sequence[tuple[IntArray, int]]) -> IntArray:
@@ -103,9 +103,9 @@ def _interleaved(src: IntArray, dst: IntArray, nbytes: IntArray) -> IntArray:
     If every pair sends at `its bytes / the time of the busiest port`, no port is ever above its
     rate and all finish with it (the fluid schedule of an open shop, Gonzalez and Sahni 1976).
     Buckets are that schedule in steps: a pair's are spread evenly over the time from 0 to 1, each
-    pair's from an own phase on. Phases come from where a pair stands in the bytes of its source and
-    of its sink, like the cells of a Latin square: a source serves its sinks in turn while the
-    sources of a sink take turns, too.
+    pair's from an own phase on. Phases come from the place of a pair among those of like size, of
+    its source and of its sink, like the cells of a Latin square: a source serves its sinks in turn
+    while the sources of a sink take turns, too.
 
     Args:
         src: Source of each bucket, `(N,)`.

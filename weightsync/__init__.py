@@ -98,19 +98,16 @@ __all__ = [
     "plan",
 ]
 
-_CLIENT_NAMES = frozenset(
-    {"Job", "Layout", "Sink", "SinkHooks", "Source", "Stage", "Update", "VersionReport"}
+_CLIENT_NAMES = ("Job", "Layout", "Sink", "SinkHooks", "Source", "Stage", "Update", "VersionReport")
+_HOMES = dict.fromkeys(_CLIENT_NAMES, "weightsync.client") | dict.fromkeys(
+    ("PlanReport", "plan"), "weightsync.dryrun"
 )
-_DRYRUN_NAMES = frozenset({"PlanReport", "plan"})
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "weightsync.errors"
-    if name in _CLIENT_NAMES or name in _DRYRUN_NAMES:
-        home = "weightsync.client" if name in _CLIENT_NAMES else "weightsync.dryrun"
-    value = getattr(importlib.import_module(home), name)
+    value = getattr(importlib.import_module(_HOMES.get(name, "weightsync.errors")), name)
     globals()[name] = value  # the next look-up does not come here
     return value
 

@@ -7,11 +7,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
-import numpy as np
-
 from weightsync.errors import ConfigError
-from weightsync.ir import BufferTable, Manifest, Side
-from weightsync.ir.pieces import sorted_pieces
+from weightsync.ir import Manifest, Side
+from weightsync.ir.repeat import repeat_ranks
 from weightsync.planners import rules
 from weightsync.planners.rules import ModelConfig, RuleLayout
 
@@ -106,23 +104,10 @@ def manifest_of(
         on_rank(rank)
         made.append(layout.manifest(rank))
     merged = Manifest.merge(side, made)
-    return merged if side == "source" else _repeated(merged, replicas)
-
-
-def _repeated(one: Manifest, replicas: int) -> Manifest:
-    """Return the manifest of several replicas like one; the same as merging theirs, but sooner."""
-    num_ranks, num_buffers = len(one.ranks), len(one.buffers)
-    replica = np.arange(replicas, dtype=np.int32)
-    buffers = {name: np.tile(getattr(one.buffers, name), replicas) for name in BufferTable.COLUMNS}
-    buffers["rank"] += np.repeat(replica * num_ranks, num_buffers)
-    pieces = one.pieces.take(np.tile(np.arange(len(one.pieces)), replicas))
-    shift = np.repeat(replica * num_buffers, len(one.pieces))
-    return dataclasses.replace(
-        one,
-        ranks=tuple(f"sink {i}/{rank}" for i in range(replicas) for rank in range(num_ranks)),
-        buffers=BufferTable(one.buffers.names * replicas, **buffers),
-        pieces=sorted_pieces(dataclasses.replace(pieces, buffer=pieces.buffer + shift)),
-    )
+    if side == "source":
+        return merged
+    ranks = range(layout.world_size)
+    return repeat_ranks(merged, [[f"sink {i}/{rank}" for rank in ranks] for i in range(replicas)])
 
 
 def describe(layout: SizedLayout) -> dict[str, Any]:

@@ -96,7 +96,6 @@ def _with_made(source: Manifest, sink: Manifest, table: EncodingTable) -> Manife
             "tensor": old[source.pieces.tensor],
         }
     )
-    # Every column is ascending by tensor, so the pieces of one are found by searching.
     in_source = np.array([source.tensors.index[sink.tensors.names[t]] for t in table.values])
     row_of = np.full(len(source.tensors), -1)
     row_of[in_source] = np.arange(len(table))

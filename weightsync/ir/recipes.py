@@ -48,8 +48,6 @@ class Recipe:
             cut into whole cells by the first, which the second counts inside.
         codes_dtype, scales_dtype: As the sink stores them.
         cell: Values that share a scale, per dim of the values.
-        passes: Times that an encoder reads the values: 2 where it needs the largest of a cell
-            before it can encode the first.
     """
 
     name: str
@@ -58,7 +56,6 @@ class Recipe:
     codes_dtype: Dtype
     scales_dtype: Dtype
     cell: tuple[int, ...]
-    passes: int = 2
 
     @property
     def codes_cell(self) -> tuple[int, ...]:

@@ -107,8 +107,8 @@ class SinkMember(Member):
         Args:
             version: Smallest version to accept, after older ones if they come first; None: any
                 newer one.
-            timeout_s: Deadline of the whole call; one that has applied waits for the others
-                5 s longer for the others.
+            timeout_s: Deadline of the whole call; a rank that has applied by then waits up to 5 s
+                longer for the others.
 
         Returns:
             The version that the weights now hold.
