@@ -1,4 +1,4 @@
-"""Clusters for tests: plain numbers, so that expected times can be worked out by hand."""
+"""Clusters for tests: plain numbers, so that expected times can be worked out by hand; a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ from omegaconf import OmegaConf
 from weightsync.planners.cluster import Cluster
 
 PRESETS = Path(__file__).parents[2] / "configs" / "cluster"
+
+SMALL_MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_experts": 8,
+    "tie_word_embeddings": False,
+}
+"""A `config.json` whose shards can be encoded in blocks of 128 x 128."""
 
 
 def preset_values(name: str) -> dict[str, Any]:

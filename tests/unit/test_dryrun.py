@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import weightsync
-from support.clusters import PRESETS, cluster, preset_values
+from support.clusters import PRESETS, SMALL_MOE, cluster, preset_values
 from support.oracle import memory_of
 from support.plan_rows import COLUMNS, carry_out, metadata_of
 from weightsync.dryrun import PlanReport
@@ -24,29 +24,15 @@ from weightsync.ir import Arena, Manifest, PlanOptions
 from weightsync.planners import rules
 from weightsync.planners.planner import plan_transfer
 
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "num_experts": 8,
-    "tie_word_embeddings": False,
-}
-
 
 def report(
     *, fsdp: int = 3, dtype: str = "BF16", replicas: int = 2, vllm: Any = None, **keywords: Any
 ) -> PlanReport:
     degrees = {"tp": 2, "ep": 2} if vllm is None else vllm
     return weightsync.plan(
-        model=CONFIG,
-        trainer=rules.fsdp2(CONFIG, fsdp=fsdp, dtype=dtype),
-        rollout=rules.vllm(CONFIG, **degrees),
+        model=SMALL_MOE,
+        trainer=rules.fsdp2(SMALL_MOE, fsdp=fsdp, dtype=dtype),
+        rollout=rules.vllm(SMALL_MOE, **degrees),
         replicas=replicas,
         **keywords,
     )
@@ -54,7 +40,10 @@ def report(
 
 def test_the_plan_is_the_one_that_a_job_makes() -> None:
     found = report()
-    trainer, rollout = rules.fsdp2(CONFIG, fsdp=3, dtype="BF16"), rules.vllm(CONFIG, tp=2, ep=2)
+    trainer, rollout = (
+        rules.fsdp2(SMALL_MOE, fsdp=3, dtype="BF16"),
+        rules.vllm(SMALL_MOE, tp=2, ep=2),
+    )
     source = Manifest.merge("source", [trainer.manifest(rank) for rank in range(3)])
     sinks = [
         dataclasses.replace(rollout.manifest(rank), ranks=(f"sink {replica}/{rank}",))
@@ -66,12 +55,12 @@ def test_the_plan_is_the_one_that_a_job_makes() -> None:
 
 def test_bytes_and_memory_are_those_of_the_model() -> None:
     found = report(fsdp=2).to_json()
-    total = sum(math.prod(shape) for shape in rules.canonical_tensors(CONFIG).values())
+    total = sum(math.prod(shape) for shape in rules.canonical_tensors(SMALL_MOE).values())
     assert found["memory_per_rank"]["source"]["weights_bytes"] == 2 * total // 2  # BF16, 2 ranks
     # Each of two ranks: all but what tensor parallelism copies, and the padded vocabulary.
     cut = [
         math.prod(shape)
-        for name, shape in rules.canonical_tensors(CONFIG).items()
+        for name, shape in rules.canonical_tensors(SMALL_MOE).items()
         if not name.endswith(("norm.weight", "mlp.gate.weight"))
     ]
     copied = total - sum(cut)
@@ -83,7 +72,7 @@ def test_bytes_and_memory_are_those_of_the_model() -> None:
     assert sink["weights_bytes"] == need + padding
     assert sink["in_place_bytes"] == sink["weights_bytes"]
     assert sink["staged_bytes"] >= 2 * sink["weights_bytes"]
-    assert found["num_tensors"] == len(rules.canonical_tensors(CONFIG))
+    assert found["num_tensors"] == len(rules.canonical_tensors(SMALL_MOE))
 
 
 def test_limits_are_worked_out_by_hand() -> None:
@@ -118,13 +107,13 @@ def test_clusters_are_taken_in_every_form(tmp_path: Path) -> None:
 def test_models_are_taken_in_every_form(tmp_path: Path) -> None:
     folder = tmp_path / "Some-Model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    layouts = {"trainer": rules.fsdp2(CONFIG, fsdp=2), "rollout": rules.vllm(CONFIG, tp=1)}
+    (folder / "config.json").write_text(json.dumps(SMALL_MOE))
+    layouts = {"trainer": rules.fsdp2(SMALL_MOE, fsdp=2), "rollout": rules.vllm(SMALL_MOE, tp=1)}
     for model, name in (
         (folder, "Some-Model"),
         (str(folder / "config.json"), "Some-Model"),
-        (CONFIG, "qwen3_moe"),
-        (rules.model_config(CONFIG), "qwen3_moe"),
+        (SMALL_MOE, "qwen3_moe"),
+        (rules.model_config(SMALL_MOE), "qwen3_moe"),
     ):
         assert weightsync.plan(model=model, **layouts).model == name
     with pytest.raises(ConfigError, match="trainer is a layout of another model"):
@@ -134,11 +123,11 @@ def test_models_are_taken_in_every_form(tmp_path: Path) -> None:
 
 
 def test_what_is_no_layout_is_refused() -> None:
-    layout = rules.fsdp2(CONFIG, fsdp=2)
+    layout = rules.fsdp2(SMALL_MOE, fsdp=2)
     with pytest.raises(ConfigError, match="rollout must be a layout with a world_size"):
-        weightsync.plan(model=CONFIG, trainer=layout, rollout=object())  # type: ignore[arg-type]
+        weightsync.plan(model=SMALL_MOE, trainer=layout, rollout=object())  # type: ignore[arg-type]
     with pytest.raises(LayoutError, match="not a sink"):
-        weightsync.plan(model=CONFIG, trainer=layout, rollout=layout)
+        weightsync.plan(model=SMALL_MOE, trainer=layout, rollout=layout)
     with pytest.raises(ConfigError, match="replicas"):
         report(replicas=0)
 
@@ -178,7 +167,7 @@ def test_rows_of_real_layouts_carry_the_weights(tmp_path: Path) -> None:
     found.write_rows(path)
     assert pq.read_schema(path).names == COLUMNS
     assert pq.read_table(path).num_rows == len(found.plan.rows)
-    shapes = dict(rules.canonical_tensors(CONFIG))
+    shapes = dict(rules.canonical_tensors(SMALL_MOE))
     carried = carry_out(path, shapes)
     sink = found.plan.sink
     memory = memory_of(sink)
@@ -207,7 +196,7 @@ def test_rows_that_encode_go_by_the_name_of_the_values(tmp_path: Path) -> None:
     for row in rows:
         by_kind.setdefault(row["kind"], []).append(row)
     assert set(by_kind) == {"max", "copy", "encode", "const"}
-    shapes = rules.canonical_tensors(CONFIG)
+    shapes = rules.canonical_tensors(SMALL_MOE)
     scales = rules.canonical_tensors(found_config(), quantized=True)
     assert {row["tensor"] for row in rows} - {None} == set(shapes)
     for row in by_kind["encode"] + by_kind["copy"]:
@@ -243,7 +232,7 @@ def found_config() -> dict[str, Any]:
         "weight_block_size": [128, 128],
         "modules_to_not_convert": ["mlp.gate", "lm_head"],
     }
-    return CONFIG | {"quantization_config": quantization}
+    return SMALL_MOE | {"quantization_config": quantization}
 
 
 def test_rows_need_pyarrow_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from click.testing import Result
 from hydra.core.global_hydra import GlobalHydra
 from typer.testing import CliRunner
 
-from support.clusters import preset_values
+from support.clusters import SMALL_MOE, preset_values
 from support.interpreter import run_fresh
 from weightsync.cli import app
 from weightsync.dryrun.choices import GROUPS, choose
@@ -22,19 +22,6 @@ from weightsync.errors import ConfigError
 from weightsync.planners import rules
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "num_experts": 8,
-    "tie_word_embeddings": False,
-}
 LIMITS = {
     "receiver_s", "receiver_dedup_s", "source_s", "cut_s", "h2d_s", "host_memory_s", "nvlink_s",
     "encode_s", "digest_s", "message_s",
@@ -50,7 +37,7 @@ KEYS = {
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(SMALL_MOE))
     return f"model.config={tmp_path / 'tiny'}"
 
 
@@ -203,7 +190,7 @@ def test_a_bad_override_is_named_with_what_there_is(
 def test_sides_that_do_not_fit_name_tensor_and_override(tiny: str, tmp_path: Path) -> None:
     sides = "trainer=fsdp8", "rollout=vllm", "rollout.quantized=true"
     assert "quantization_config" in refused(tiny, *sides)
-    quantized = TINY | {
+    quantized = SMALL_MOE | {
         "quantization_config": {
             "quant_method": "fp8",
             "weight_block_size": [128, 128],
