@@ -188,8 +188,7 @@ def test_the_quantization_is_part_of_the_config() -> None:
     assert model_config(MODELS / "gpt-oss-120b.json").unconverted_modules[-1] == "lm_head"
 
 
-# Few layers and experts at true widths: block scales need them. Codes and scales in GB a layer
-# are small enough that nothing of this size is ever allocated: only planned.
+# Few layers and experts at true widths, which block scales need; nothing is allocated.
 @pytest.mark.parametrize(
     ("name", "encoding", "degrees", "fsdp"),
     [
@@ -219,7 +218,6 @@ def test_sources_encode_what_the_quantized_checkpoint_holds(
     ranks = [layout.manifest(rank) for rank in range(layout.world_size)]
     for rank, manifest in enumerate(ranks):
         plain = dataclasses.replace(manifest, encodings=EncodingTable.empty())
-        assert plain.pieces.tensor.max() < len(plain.tensors)
         wanted = like.manifest(rank)
         for column in ("names", "dtype", "numel"):
             assert np.array_equal(getattr(plain.buffers, column), getattr(wanted.buffers, column))
