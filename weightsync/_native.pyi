@@ -292,7 +292,9 @@ def open_ofi(
     trusted_network: bool,
     register_sources: bool,
 ) -> Engine: ...
-def open_tcp(name: str, addresses: Sequence[str], num_streams: int) -> Engine: ...
+def open_tcp(
+    name: str, addresses: Sequence[str], num_streams: int, window_bytes: int
+) -> Engine: ...
 def open_verbs(
     name: str,
     devices: list[str],

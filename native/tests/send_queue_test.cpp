@@ -261,6 +261,54 @@ TEST(the_least_loaded_idle_path_is_woken_and_a_failing_one_passes_it_on) {
     CHECK(big->is_done());
 }
 
+TEST(paths_that_were_woken_together_share_what_waits) {
+    World world;
+    std::vector<std::size_t> woken;
+    SendQueue queue(2, 1000, [&](std::size_t path) { woken.push_back(path); });
+    std::array<Piece, 16> pieces;
+    CHECK(queue.take(0, 9000, pieces) == 0 && queue.take(1, 9000, pieces) == 0);
+    std::vector<Write> rows;
+    for (std::uint64_t i = 0; i < 8; ++i) {
+        rows.push_back({kSourceBase + i * 250, i * 250, 250, static_cast<std::int64_t>(i)});
+    }
+    const auto operation = world.operation(std::move(rows));
+    queue.push(operation);
+    CHECK(woken.size() == 2);
+    CHECK(queue.take(0, 9000, pieces) == 4);  // half of it, although there is room for all
+    queue.complete(0, std::array{pieces[0].id, pieces[1].id, pieces[2].id, pieces[3].id});
+    CHECK(queue.take(1, 9000, pieces) == 4);  // nobody is awaited any more
+    queue.complete(1, std::array{pieces[0].id, pieces[1].id, pieces[2].id, pieces[3].id});
+    CHECK(operation->is_done());
+    // One that was woken and failed leaves its share to the other.
+    CHECK(queue.take(0, 9000, pieces) == 0 && queue.take(1, 9000, pieces) == 0);
+    const auto again = world.operation({{kSourceBase, 0, 600, 0}, {kSourceBase, 600, 600, 1}});
+    queue.push(again);
+    queue.leave(1);
+    CHECK(queue.take(0, 9000, pieces) == 2);
+    queue.complete(0, std::array{pieces[0].id, pieces[1].id});
+    CHECK(again->is_done());
+}
+
+TEST(equal_paths_take_turns) {
+    World world;
+    std::vector<std::size_t> woken;
+    SendQueue queue(3, 1000, [&](std::size_t path) { woken.push_back(path); });
+    std::array<Piece, 1> one;
+    for (std::size_t path = 0; path < 3; ++path) {
+        CHECK(queue.take(path, 1000, one) == 0);
+    }
+    for (int i = 0; i < 6; ++i) {
+        const auto operation = world.operation({{kSourceBase, 0, 10, 0}});
+        queue.push(operation);
+        const std::size_t path = woken.back();
+        CHECK(queue.take(path, 1000, one) == 1);
+        queue.complete(path, std::array{one[0].id});
+        CHECK(operation->is_done() && queue.take(path, 1000, one) == 0);
+    }
+    std::ranges::sort(woken);
+    CHECK((woken == std::vector<std::size_t>{0, 0, 1, 1, 2, 2}));
+}
+
 TEST(many_threads_share_a_queue) {
     World world;
     constexpr std::size_t kPaths = 3;

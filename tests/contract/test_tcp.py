@@ -67,6 +67,35 @@ def states(engine: Engine) -> list[str]:
     return [rail["state"] for rail in engine.rails()]
 
 
+def test_a_small_window_spreads_a_single_bucket_over_all_rails(sink: Engine) -> None:
+    # 1 MiB is one block of the default window, which a single rail would take.
+    handle = Handle(open_fabric("tcp", name="source", addresses=RAILS, window_bytes=64 << 10))
+    source = cast(Engine, handle)
+    try:
+        target, view = export(sink, MIB, [16])
+        payload = random_bytes(MIB, 9)
+        lease = source.register(address_of(payload), MIB, payload)
+        remote = source.connect(target.descriptor, WAIT_S)
+        remote.post(table_of(payload, 16)).wait(WAIT_S)
+        target.wait([0], WAIT_S)
+        target.flush()
+        assert np.array_equal(view, payload)
+        sent = [rail["bytes_out"] for rail in source.rails()]
+        assert sum(sent) == MIB
+        assert min(sent) > 0, sent
+        remote.close()
+        target.close()
+        lease.release()
+    finally:
+        handle.close()
+
+
+@pytest.mark.parametrize("window", [0, 65535, (1 << 30) + 1])
+def test_windows_that_cannot_be_are_refused(window: int) -> None:
+    with pytest.raises(ConfigError, match=r"give 64 KiB \.\. 1 GiB"):
+        open_fabric("tcp", window_bytes=window)
+
+
 def test_rails_share_the_work_and_a_slow_one_gets_less(sink: Engine, source: Engine) -> None:
     target, view = export(sink, NBYTES, [64])
     payload = random_bytes(NBYTES, 1)

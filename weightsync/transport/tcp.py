@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine
 from weightsync.transport.native import _native
+from weightsync.units import MIB
 
 __all__ = ["open_tcp"]
 
@@ -26,7 +27,11 @@ _numbers = itertools.count()
 
 
 def open_tcp(
-    *, name: str | None = None, addresses: Sequence[str] | None = None, streams: int | None = None
+    *,
+    name: str | None = None,
+    addresses: Sequence[str] | None = None,
+    streams: int | None = None,
+    window_bytes: int = 4 * MIB,
 ) -> Engine:
     """Open an engine on this host's network.
 
@@ -37,12 +42,15 @@ def open_tcp(
             127.0.0.1 (one on a single core), because there a thread is slower than memory is.
         streams: Connections of each pair of rails, 1 .. 32. None: 2, so that a lost segment does
             not hold up a rail; 1 without `addresses`, where none is lost.
+        window_bytes: Most bytes that one connection holds, 64 KiB .. 1 GiB. About the rate of a
+            rail times the time in which a sink answers, shared among the peers that write at once:
+            what is more waits in queues of the network, or on a rail that is slower than others.
 
     Returns:
         The engine; it listens from its first export on, and its threads sleep when idle.
 
     Raises:
-        ConfigError: Bad addresses or number of streams, or no libcrypto on this system.
+        ConfigError: Bad addresses, number of streams or window, or no libcrypto on this system.
     """
     if isinstance(addresses, str):
         raise ConfigError(f"addresses={addresses!r}: give a list, one address for each rail")
@@ -53,5 +61,8 @@ def open_tcp(
     if addresses is None:
         addresses = ["127.0.0.1"] * min(2, len(os.sched_getaffinity(0)))
     return _native.open_tcp(
-        f"tcp-{os.getpid()}-{next(_numbers)}" if name is None else name, list(addresses), streams
+        f"tcp-{os.getpid()}-{next(_numbers)}" if name is None else name,
+        list(addresses),
+        streams,
+        window_bytes,
     )

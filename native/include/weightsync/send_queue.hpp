@@ -1,5 +1,6 @@
 // The work of one Remote, shared by its paths. Paths pull: whoever has room takes the next pieces,
 // so a slow rail gets less without anybody choosing, and nothing is bound to a rail before it goes.
+// A path leaves their share to those that were woken with it and have not come yet.
 #pragma once
 
 #include <cstddef>
@@ -105,6 +106,7 @@ class SendQueue {
     struct Path {
         std::uint64_t outstanding = 0;
         std::uint32_t first = kNone;
+        bool is_woken = false;  // and has not called take() since
         bool is_idle = false;
     };
     struct Finished {
@@ -115,6 +117,7 @@ class SendQueue {
 
     [[nodiscard]] std::uint32_t new_slot();
     void free_slot(std::uint32_t index);
+    [[nodiscard]] std::uint64_t share_of_pending() const;
     [[nodiscard]] std::uint32_t cut();
     void link(std::uint32_t index, std::size_t path);
     void unlink(std::uint32_t index);
@@ -128,6 +131,7 @@ class SendQueue {
     const Wake wake_;
     mutable std::mutex mutex_;
     std::vector<Path> paths_;
+    std::size_t next_wake_;  // where the search for an idle path begins
     Entries entries_;
     Entries::iterator cursor_;  // the first with rows that nobody took
     std::vector<Slot> slots_;

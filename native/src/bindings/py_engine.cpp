@@ -431,14 +431,16 @@ void bind_engine(py::module_& m) {
         py::arg("trusted_network"), py::arg("register_sources"), Unlocked());
     m.def(
         "open_tcp",
-        [](std::string name, std::vector<std::string> addresses, int num_streams) {
-            return Engine::open(
-                std::move(name),
-                [options = TcpOptions{std::move(addresses), num_streams}](EngineContext& context) {
-                    return make_tcp_fabric(context, options);
-                });
+        [](std::string name, std::vector<std::string> addresses, int num_streams,
+           std::uint64_t window_bytes) {
+            TcpOptions options{std::move(addresses), num_streams, window_bytes};
+            return Engine::open(std::move(name),
+                                [options = std::move(options)](EngineContext& context) {
+                                    return make_tcp_fabric(context, options);
+                                });
         },
-        py::arg("name"), py::arg("addresses"), py::arg("num_streams"), Unlocked());
+        py::arg("name"), py::arg("addresses"), py::arg("num_streams"), py::arg("window_bytes"),
+        Unlocked());
     m.def("live_object_count", &live_object_count);
     m.def("live_objects", [] {
         py::dict result;

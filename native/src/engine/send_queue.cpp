@@ -1,14 +1,23 @@
 #include <weightsync/send_queue.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 namespace weightsync {
 
 namespace {
 
-// One more path is woken for every so many bytes that wait: a short queue is for one path alone.
+// One more path is woken for every so many bytes that wait, or for what a path sends at once: a
+// short queue is for one path alone.
 constexpr std::uint64_t kBytesPerWake = std::uint64_t{1} << 20;
+
+// The queues of a process begin with different paths, so that those that begin together do not all
+// take the same rail.
+std::size_t first_wake(std::size_t num_paths) noexcept {
+    static std::atomic<std::size_t> count{0};
+    return num_paths == 0 ? 0 : count++ % num_paths;
+}
 
 // 0 is left out, so that no id is 0.
 constexpr std::uint32_t next_tag(std::uint32_t tag) noexcept {
@@ -30,6 +39,7 @@ SendQueue::SendQueue(std::size_t num_paths, std::uint64_t max_piece_bytes, Wake 
     : max_piece_bytes_(max_piece_bytes),
       wake_(std::move(wake)),
       paths_(num_paths),
+      next_wake_(first_wake(num_paths)),
       cursor_(entries_.end()) {
     if (max_piece_bytes == 0 || num_paths == 0) {
         throw Error(Scope::kInternal, "a queue without paths, or with pieces of no bytes");
@@ -63,6 +73,8 @@ std::size_t SendQueue::take(std::size_t path, std::uint64_t max_bytes, std::span
     const std::lock_guard lock(mutex_);
     std::size_t count = 0;
     std::uint64_t total = 0;
+    paths_[path].is_woken = false;
+    max_bytes = std::min(max_bytes, share_of_pending());
     while (count < pieces.size()) {
         if (ready_.empty()) {
             const std::uint32_t index = cut();
@@ -84,6 +96,13 @@ std::size_t SendQueue::take(std::size_t path, std::uint64_t max_bytes, std::span
     }
     paths_[path].is_idle = count == 0;
     return count;
+}
+
+// Paths that were woken and have not come yet get as much as the one that is here.
+std::uint64_t SendQueue::share_of_pending() const {
+    const auto is_woken = [](const Path& path) { return path.is_woken; };
+    const auto others = static_cast<std::uint64_t>(std::ranges::count_if(paths_, is_woken));
+    return (pending_bytes_ + others) / (others + 1);
 }
 
 // The next piece of the rows that nobody took, as a slot that no path holds.
@@ -199,6 +218,7 @@ void SendQueue::leave(std::size_t path) {
     {
         const std::lock_guard lock(mutex_);
         paths_[path].is_idle = false;
+        paths_[path].is_woken = false;
         choose_wakes(effects);  // it may have been the one that was woken
     }
     apply(effects);
@@ -209,6 +229,7 @@ void SendQueue::give_back(std::size_t path) {
     {
         const std::lock_guard lock(mutex_);
         paths_[path].is_idle = false;
+        paths_[path].is_woken = false;
         while (paths_[path].first != kNone) {
             const std::uint32_t index = paths_[path].first;
             unlink(index);
@@ -299,15 +320,17 @@ void SendQueue::unlink(std::uint32_t index) {
     slot.path = kNone;
 }
 
-// Idle paths for what waits, the least loaded first.
+// Idle paths for what waits, the least loaded first; equals take turns, so that work which comes in
+// pieces too small to share does not always go over the first rail.
 void SendQueue::choose_wakes(Effects& effects) {
     if (error_ || (ready_.empty() && cursor_ == entries_.end())) {
         return;
     }
-    const std::uint64_t wanted = 1 + pending_bytes_ / kBytesPerWake;
+    const std::uint64_t wanted = 1 + pending_bytes_ / std::min(kBytesPerWake, max_piece_bytes_);
     while (effects.wakes.size() < wanted) {
         std::size_t best = paths_.size();
-        for (std::size_t path = 0; path < paths_.size(); ++path) {
+        for (std::size_t i = 0; i < paths_.size(); ++i) {
+            const std::size_t path = (next_wake_ + i) % paths_.size();
             if (paths_[path].is_idle &&
                 (best == paths_.size() || paths_[path].outstanding < paths_[best].outstanding)) {
                 best = path;
@@ -317,6 +340,8 @@ void SendQueue::choose_wakes(Effects& effects) {
             return;
         }
         paths_[best].is_idle = false;
+        paths_[best].is_woken = true;
+        next_wake_ = (best + 1) % paths_.size();
         effects.wakes.push_back(best);
     }
 }

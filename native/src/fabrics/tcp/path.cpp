@@ -19,8 +19,13 @@ constexpr std::uint64_t kProbeBytes = 64U << 10U;
 }  // namespace
 
 Path::Path(std::size_t number, Rail& rail, PathOwner& owner, SendQueue& queue,
-           std::uint64_t window_bytes)
-    : number_(number), rail_(rail), owner_(owner), queue_(queue), window_bytes_(window_bytes) {
+           std::uint64_t window_bytes, std::uint64_t block_bytes)
+    : number_(number),
+      rail_(rail),
+      owner_(owner),
+      queue_(queue),
+      window_bytes_(window_bytes),
+      block_bytes_(block_bytes) {
     event_watch_ = rail_.reactor.watch(event_.get(), EPOLLIN, [this](std::uint32_t) {
         event_.drain();
         return on_wake();
@@ -128,7 +133,7 @@ bool Path::pump() {
                 return false;
             }
             std::array<Piece, kMaxBlockWrites> pieces;
-            const std::uint64_t max_bytes = std::min(window_bytes_ - held, kBlockBytes);
+            const std::uint64_t max_bytes = std::min(window_bytes_ - held, block_bytes_);
             const std::span room(pieces.data(), is_probing ? 1 : pieces.size());
             const std::size_t count =
                 queue_.take(number_, is_probing ? kProbeBytes : max_bytes, room);

@@ -34,7 +34,7 @@ class PathOwner {
 class Path {
   public:
     Path(std::size_t number, Rail& rail, PathOwner& owner, SendQueue& queue,
-         std::uint64_t window_bytes);
+         std::uint64_t window_bytes, std::uint64_t block_bytes);
     ~Path() { shut(); }
     Path(const Path&) = delete;
     Path& operator=(const Path&) = delete;
@@ -76,6 +76,7 @@ class Path {
     PathOwner& owner_;
     SendQueue& queue_;
     const std::uint64_t window_bytes_;
+    const std::uint64_t block_bytes_;
     const EventFd event_;
     const net::Timer timer_;
     std::uint64_t event_watch_ = 0;

@@ -12,9 +12,6 @@ namespace weightsync::tcp {
 
 namespace {
 
-// Sized for a round trip of a millisecond at 40 Gbit/s. What a path holds when its rail dies is
-// sent again, and what a slow rail holds at the end is waited for: not more than needed.
-constexpr std::uint64_t kWindowBytesPerStream = std::uint64_t{4} << 20;
 constexpr std::chrono::seconds kDialTime{5};
 constexpr int kMaxUnanswered = 4;  // a quarter of a second each
 
@@ -54,15 +51,18 @@ void TcpRemote::connect(const Deadline& deadline) {
 
     const std::size_t num_paths = std::max(shared_.rails.size(), endpoints_.size());
     const std::uint64_t window =
-        kWindowBytesPerStream * static_cast<std::uint64_t>(shared_.num_streams);
+        shared_.window_bytes * static_cast<std::uint64_t>(shared_.num_streams);
+    // Two blocks, so that one is on its way while the other one is acknowledged.
+    const std::uint64_t block = std::min(kBlockBytes, shared_.window_bytes / 2);
     notes_ = std::make_unique<Notes[]>(num_paths);
-    queue_ = std::make_unique<SendQueue>(num_paths, kBlockBytes,
+    queue_ = std::make_unique<SendQueue>(num_paths, block,
                                          [this](std::size_t path) { paths_[path]->wake(); });
     std::optional<Error> path_error;
     std::size_t num_built = 0;
     for (std::size_t i = 0; i < num_paths; ++i) {
         paths_.push_back(std::make_unique<Path>(i, *shared_.rails[i % shared_.rails.size()],
-                                                static_cast<PathOwner&>(*this), *queue_, window));
+                                                static_cast<PathOwner&>(*this), *queue_, window,
+                                                block));
     }
     for (std::size_t i = 0; i < num_paths; ++i) {
         try {

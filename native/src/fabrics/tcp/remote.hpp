@@ -21,7 +21,8 @@ struct Shared {
     std::vector<std::unique_ptr<Rail>>& rails;
     net::Reactor& reactor;  // of control connections: "ws-accept"
     net::Worker& worker;
-    int num_streams;  // of each path
+    int num_streams;             // of each path
+    std::uint64_t window_bytes;  // of each stream
 };
 
 class TcpRemote final : public RemotePort, private PathOwner {

@@ -15,9 +15,10 @@ namespace {
 class TcpFabric final : public Fabric {
   public:
     TcpFabric(EngineContext& context, const std::vector<net::Address>& addresses, bool is_bound,
-              int num_streams)
+              const TcpOptions& options)
         : context_(context),
-          num_streams_(num_streams),
+          num_streams_(options.num_streams),
+          window_bytes_(options.window_bytes),
           reactor_("ws-accept"),
           listener_(context, reactor_, addresses) {
         for (const net::Address& address : addresses) {
@@ -37,8 +38,9 @@ class TcpFabric final : public Fabric {
 
     [[nodiscard]] std::shared_ptr<RemotePort> connect(std::span<const std::byte> bytes,
                                                       const Deadline& deadline) override {
-        auto remote = TcpRemote::make({context_, rails_, reactor_, worker_, num_streams_},
-                                      Descriptor::decode(bytes), deadline);
+        auto remote =
+            TcpRemote::make({context_, rails_, reactor_, worker_, num_streams_, window_bytes_},
+                            Descriptor::decode(bytes), deadline);
         const std::lock_guard lock(mutex_);
         std::erase_if(remotes_, [](const auto& known) { return known.expired(); });
         remotes_.push_back(remote);
@@ -82,6 +84,7 @@ class TcpFabric final : public Fabric {
   private:
     EngineContext& context_;
     const int num_streams_;
+    const std::uint64_t window_bytes_;
     std::vector<std::unique_ptr<Rail>> rails_;
     net::Reactor reactor_;
     net::Worker worker_;
@@ -103,6 +106,12 @@ std::unique_ptr<Fabric> make_tcp_fabric(EngineContext& context, const TcpOptions
                                         " streams on each rail; give 1 .. " +
                                         std::to_string(kMaxStreams));
     }
+    constexpr std::uint64_t kLeastWindowBytes = std::uint64_t{64} << 10U;
+    constexpr std::uint64_t kMostWindowBytes = std::uint64_t{1} << 30U;
+    if (options.window_bytes < kLeastWindowBytes || options.window_bytes > kMostWindowBytes) {
+        throw Error(Scope::kConfig, "a window of " + std::to_string(options.window_bytes) +
+                                        " bytes; give 64 KiB .. 1 GiB");
+    }
     if (options.addresses.size() > tcp::kMaxRails) {
         throw Error(Scope::kConfig, std::to_string(options.addresses.size()) +
                                         " addresses; at most " + std::to_string(tcp::kMaxRails));
@@ -123,7 +132,7 @@ std::unique_ptr<Fabric> make_tcp_fabric(EngineContext& context, const TcpOptions
     if (!is_bound) {
         addresses.push_back(net::Address::parse("127.0.0.1", 0));
     }
-    return std::make_unique<tcp::TcpFabric>(context, addresses, is_bound, options.num_streams);
+    return std::make_unique<tcp::TcpFabric>(context, addresses, is_bound, options);
 }
 
 }  // namespace weightsync
