@@ -12,6 +12,15 @@ What a loader may do: any view (slices, transposes, reshapes), copies, casts by 
 from __future__ import annotations
 
 from weightsync.integrations.recording.recorder import Recorder
+from weightsync.integrations.recording.twin import Recording, load_twin, read_twin
 from weightsync.integrations.recording.writes import Fill, Recorded, RecordedPiece
 
-__all__ = ["Fill", "Recorded", "RecordedPiece", "Recorder"]
+__all__ = [
+    "Fill",
+    "Recorded",
+    "RecordedPiece",
+    "Recorder",
+    "Recording",
+    "load_twin",
+    "read_twin",
+]

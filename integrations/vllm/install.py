@@ -34,7 +34,7 @@ from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffe
 from vllm.platforms import current_platform
 
 from weightsync.errors import LayoutError
-from weightsync.integrations.vllm.twin import Recording
+from weightsync.integrations.recording import Recording
 
 __all__ = ["Installer"]
 

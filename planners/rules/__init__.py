@@ -16,6 +16,8 @@ from weightsync.planners.rules.config import (
 from weightsync.planners.rules.fsdp2 import Fsdp2Layout, fsdp2
 from weightsync.planners.rules.hf import HfLayout, hf
 from weightsync.planners.rules.layout import RuleLayout
+from weightsync.planners.rules.megatron import MegatronLayout, megatron
+from weightsync.planners.rules.sglang import SglangLayout, sglang
 from weightsync.planners.rules.torchtitan import (
     torchtitan_aliases,
     torchtitan_buffers,
@@ -29,6 +31,7 @@ from weightsync.planners.rules.transformers import (
     transformers_parameters,
 )
 from weightsync.planners.rules.vllm import VllmLayout, vllm
+from weightsync.planners.rules.zero3 import Zero3Layout, zero3
 
 __all__ = [
     "SUPPORTED_MODELS",
@@ -36,14 +39,19 @@ __all__ = [
     "Fsdp2Layout",
     "HfLayout",
     "LatentAttention",
+    "MegatronLayout",
     "ModelConfig",
     "RuleLayout",
+    "SglangLayout",
     "VllmLayout",
+    "Zero3Layout",
     "canonical_dtypes",
     "canonical_tensors",
     "fsdp2",
     "hf",
+    "megatron",
     "model_config",
+    "sglang",
     "torchtitan_aliases",
     "torchtitan_buffers",
     "torchtitan_parameter",
@@ -53,4 +61,5 @@ __all__ = [
     "transformers_buffers",
     "transformers_parameters",
     "vllm",
+    "zero3",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from weightsync.ir.dtypes import Dtype
@@ -25,7 +25,7 @@ class HfLayout(RuleLayout):
 
     quantized: bool
 
-    def parameters(self, rank: int, without: Container[int] = ()) -> Iterator[Parameter]:
+    def parameters(self, rank: int) -> Iterator[Parameter]:
         """Lists the canonical tensors; see `RuleLayout.parameters`."""
         dtypes = canonical_dtypes(self.config, quantized=self.quantized)
         for name, shape in self.tensors().items():

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from weightsync.errors import ConfigError
 from weightsync.ir.builder import ManifestBuilder
 from weightsync.ir.dtypes import Dtype
 from weightsync.ir.manifest import Manifest, Side
-from weightsync.ir.repeat import repeat_layers
+from weightsync.ir.repeat import repeat_blocks
 from weightsync.planners.rules.canonical import canonical_tensors
 from weightsync.planners.rules.config import ModelConfig
 from weightsync.planners.rules.parts import Parameter, write
 
-__all__ = ["RuleLayout", "checked_degree", "named_dtype"]
+__all__ = ["Block", "RuleLayout", "checked_degree", "layer_blocks", "named_dtype"]
+
+Prefixes = tuple[str, str]
+
+
+class Block(NamedTuple):
+    """Parameters of one rank, and where the rank holds the like of them again.
+
+    Args:
+        parameters: The parameters.
+        prefixes: How the names of their tensors begin, and their own names.
+        copies: The prefixes of the copies: a layer like this one is the same under other names.
+    """
+
+    parameters: Sequence[Parameter]
+    prefixes: Prefixes = ("", "")
+    copies: Sequence[Prefixes] = ()
+
+    def unrolled(self) -> Iterator[Parameter]:
+        """Lists the parameters and those of all copies."""
+        yield from self.parameters
+        (tensor, name) = (len(prefix) for prefix in self.prefixes)
+        for to_tensor, to_name in self.copies:
+            for parameter in self.parameters:
+                parts = (replace(p, tensor=to_tensor + p.tensor[tensor:]) for p in parameter.parts)
+                yield replace(parameter, name=to_name + parameter.name[name:], parts=tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)
 class RuleLayout(ABC):
     """How all ranks of a trainer or of one replica of an engine hold a model.
+
+    A layout says so by `parameters`, or by `blocks`, which is faster where layers are alike.
 
     Args:
         side: Which side these ranks are on.
@@ -35,7 +63,7 @@ class RuleLayout(ABC):
     world_size: int
 
     def manifest(self, rank: int) -> Manifest:
-        """Describes what one rank holds. Pure; about 10 us a tensor.
+        """Describes what one rank holds. Pure; about 10 us a tensor, less where layers are alike.
 
         Args:
             rank: The rank, from 0 to `world_size - 1`.
@@ -54,15 +82,17 @@ class RuleLayout(ABC):
             )
         builder = ManifestBuilder(self.side, f"{self.side} {rank}")
         shapes, encodings = self.tensors(), self.encodings()
-        groups = self.like_layers(rank)
-        added = frozenset(layer for group in groups for layer in group[1:])
-        write(builder, self.parameters(rank, added), shapes, self.dtype)
+        repeated = []
+        for block in self.blocks(rank):
+            write(builder, block.parameters, shapes, self.dtype)
+            if block.copies:
+                repeated.append((block.prefixes, [block.prefixes, *block.copies]))
         for codes in builder.tensors:
             if codes in encodings:
                 recipe, values, scales = encodings[codes]
                 builder.tensor(values, shapes[values])
                 builder.encode(recipe, values, codes, scales)
-        return repeat_layers(builder.build(), groups)
+        return repeat_blocks(builder.build(), repeated)
 
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Gives the shapes of the canonical tensors that the parameters are parts of.
@@ -81,30 +111,56 @@ class RuleLayout(ABC):
         """
         return {}
 
-    def like_layers(self, rank: int) -> Sequence[Sequence[int]]:
-        """Groups the decoder layers that one rank holds alike.
-
-        Args:
-            rank: The rank.
-
-        Returns:
-            Layers whose parameters differ in the number behind `layers.` only; those that are
-            missing are like no other. A manifest describes the first of each group and repeats it.
-        """
-        del rank
-        return ()
-
-    @abstractmethod
-    def parameters(self, rank: int, without: Container[int] = ()) -> Iterable[Parameter]:
+    def parameters(self, rank: int) -> Iterable[Parameter]:
         """Lists the buffers of one rank.
 
         Args:
             rank: The rank.
-            without: Decoder layers to leave out, of those in `like_layers`.
 
         Returns:
             The parameters, as the rank holds them; empty shards included.
         """
+        return (parameter for block in self.blocks(rank) for parameter in block.unrolled())
+
+    def blocks(self, rank: int) -> Iterable[Block]:
+        """Lists the buffers of one rank, layers that are alike only once.
+
+        Args:
+            rank: The rank.
+
+        Returns:
+            What together is `parameters(rank)`.
+        """
+        return [Block(tuple(self.parameters(rank)))]
+
+
+def layer_blocks(
+    config: ModelConfig,
+    layers: Sequence[int],
+    names: Sequence[str],
+    describe: Callable[[int, str], Iterable[Parameter]],
+) -> Iterator[Block]:
+    """Describes layers: those with experts once, and those without once.
+
+    Args:
+        config: The model.
+        layers: Their numbers in the checkpoint.
+        names: How the names of each layer's parameters begin.
+        describe: Gives the parameters of a layer by its number and that beginning.
+
+    Yields:
+        A block for each of the two kinds that is there.
+    """
+    for is_sparse in (False, True):
+        held = [
+            (layer, (f"model.layers.{layer}.", name))
+            for layer, name in zip(layers, names, strict=True)
+            if config.is_sparse(layer) is is_sparse
+        ]
+        if held:
+            [(layer, prefixes), *copies] = held
+            parameters = tuple(describe(layer, prefixes[1]))
+            yield Block(parameters, prefixes, [copy for _, copy in copies])
 
 
 def checked_degree(name: str, value: int) -> int:

@@ -8,7 +8,7 @@ the shard, and strides take it to memory; so one small algebra serves every trai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ __all__ = [
     "Part",
     "columns",
     "dense_strides",
+    "flat_boxes",
     "rows",
     "stacked",
     "whole",
@@ -135,6 +136,8 @@ class Parameter:
         parts: What it holds; disjoint.
         zeros: Boxes (first element, size) that hold zeros: padding that no checkpoint stores.
         dtype: Type of its elements; None: the layout's.
+        window: What of it lies in memory, row-major: first element and number of elements, which
+            may reach beyond the last one. None: all of it.
     """
 
     name: str
@@ -142,6 +145,7 @@ class Parameter:
     parts: tuple[Part, ...]
     zeros: tuple[tuple[Index, Index], ...] = ()
     dtype: Dtype | None = None
+    window: tuple[int, int] | None = None
 
     def shard(self, lo: Index, n: Index) -> Parameter:
         """Cuts the box that one rank holds out of an unpadded parameter.
@@ -176,6 +180,62 @@ class Parameter:
                     at = tuple(a + b for a, b in zip(cut.at, box.at, strict=True))
                     found.append(cut.moved(at) if any(box.at) else cut)
         return Parameter(self.name, shape, tuple(found), dtype=self.dtype)
+
+    def flat(self, start: int, count: int) -> Parameter:
+        """Cuts a range out of an unpadded parameter that was flattened, row-major.
+
+        Args:
+            start: First element of the range.
+            count: Elements of the range; those beyond the parameter's last one are padding.
+
+        Returns:
+            The range, with the shape of the whole parameter; without parts if it is all padding.
+        """
+        stop = min(start + count, math.prod(self.shape))
+        found: list[Part] = []
+        for lo, n in flat_boxes(self.shape, start, stop):
+            for part in self.collected(n, [Box(lo, n, (0,) * len(n))]).parts:
+                at = tuple(a + b for a, b in zip(part.at, lo, strict=True))
+                found.append(part.moved(at))
+        return Parameter(
+            self.name, self.shape, tuple(found), dtype=self.dtype, window=(start, count)
+        )
+
+
+def flat_boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Index, Index]]:
+    """Cuts a range of a row-major flattened array into boxes.
+
+    A range begins and ends inside rows of every dimension but the first: what is left of the rows
+    it begins in, whole rows, and what it holds of the rows it ends in.
+
+    Args:
+        shape: Shape of the array.
+        start: First element of the range.
+        stop: The element after its last one.
+
+    Yields:
+        First element and size of each box, in the order of the elements; at most
+        `2 * len(shape) - 1` of them.
+    """
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    rest = shape[1:]
+    size = math.prod(rest)
+    first, last = -(-start // size), stop // size
+    if first > last:  # inside one row
+        for lo, n in flat_boxes(rest, start - last * size, stop - last * size):
+            yield (last, *lo), (1, *n)
+        return
+    if start < first * size:
+        for lo, n in flat_boxes(rest, start - (first - 1) * size, size):
+            yield (first - 1, *lo), (1, *n)
+    if first < last:
+        yield (first, *(0 for _ in rest)), (last - first, *rest)
+    for lo, n in flat_boxes(rest, 0, stop - last * size):
+        yield (last, *lo), (1, *n)
 
 
 def whole(name: str, tensor: str, shape: Shape, dtype: Dtype | None = None) -> Parameter:
@@ -272,7 +332,7 @@ def write(
 ) -> None:
     """Writes parameters into a manifest: a buffer each, and a piece for every part.
 
-    An empty shard leaves no trace.
+    An empty shard leaves no trace, nor does one that is all padding of a flattened parameter.
 
     Args:
         builder: The manifest in the making.
@@ -282,11 +342,14 @@ def write(
         strides: Strides of the memory in elements; None: dense, row-major.
     """
     for parameter in parameters:
-        if 0 in parameter.shape:
+        window = parameter.window
+        if 0 in parameter.shape or (window is not None and not parameter.parts):
             continue
         stride = dense_strides(parameter.shape) if strides is None else strides
         # The buffer starts at the first element and ends with the last one, whatever lies between.
-        numel = 1 + sum((n - 1) * s for n, s in zip(parameter.shape, stride, strict=True))
+        start, numel = 0, 1 + sum((n - 1) * s for n, s in zip(parameter.shape, stride, strict=True))
+        if window is not None:
+            start, numel = window
         own = parameter.dtype
         builder.buffer(parameter.name, dtype if own is None else own, numel)
         for part in parameter.parts:
@@ -297,7 +360,7 @@ def write(
                 lo=part.lo,
                 n=part.n,
                 step=part.step,
-                offset=_offset(part.at, stride),
+                offset=_offset(part.at, stride) - start,
                 stride=tuple(j * stride[a] for j, a in zip(part.jump, part.axes, strict=True)),
             )
         for lo, n in parameter.zeros:

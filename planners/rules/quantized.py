@@ -12,7 +12,13 @@ from weightsync.ir.dtypes import Dtype
 from weightsync.ir.recipes import recipe_named
 from weightsync.planners.rules.config import ModelConfig
 
-__all__ = ["MX_BLOCK", "encoded_config", "encoded_names", "is_unconverted", "quantized_tensor"]
+__all__ = [
+    "MX_BLOCK",
+    "encoded_config",
+    "encoded_names",
+    "is_unconverted",
+    "quantized_tensor",
+]
 
 MX_BLOCK = 32
 """Elements that share a scale in MXFP4 (OCP Microscaling Formats 1.0, section 5)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -15,10 +15,17 @@ from weightsync.planners.rules.canonical import (
     canonical_tensors,
 )
 from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
+from weightsync.planners.rules.layout import Block, layer_blocks
 from weightsync.planners.rules.parts import Parameter, Part, rows, whole
 
-__all__ = ["transformers_aliases", "transformers_buffers", "transformers_parameters"]
+__all__ = [
+    "transformers_aliases",
+    "transformers_blocks",
+    "transformers_buffers",
+    "transformers_parameters",
+]
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -71,6 +78,54 @@ def transformers_aliases(config: ConfigLike) -> dict[str, str]:
         ConfigError: `config` describes no supported model.
     """
     return {LM_HEAD: EMBEDDING} if model_config(config).tie_word_embeddings else {}
+
+
+def transformers_blocks(
+    config: ModelConfig,
+    cut: Callable[[Parameter], Parameter],
+    layers: Sequence[int] | None = None,
+    *,
+    is_first: bool = True,
+    is_last: bool = True,
+) -> Iterator[Block]:
+    """Describes what a rank holds of a transformers 5 module; buffers are whole everywhere.
+
+    Args:
+        config: The model.
+        cut: Gives the rank's shard of a whole parameter.
+        layers: The rank's decoder layers; None: all.
+        is_first: Whether the rank holds the embedding.
+        is_last: Whether it holds the last norm and the head; a tied head is the embedding.
+
+    Yields:
+        Blocks of parameters.
+    """
+    by_layer = _by_layer(config)
+    holds = {
+        EMBEDDING: is_first or (is_last and config.tie_word_embeddings),
+        "model.norm.weight": is_last,
+        LM_HEAD: is_last,
+    }
+    top = (parameter for parameter in by_layer[-1] if holds[parameter.name])
+    yield Block(tuple(cut(parameter) for parameter in top))
+    buffers = _buffers(config)
+    layers = range(config.num_layers) if layers is None else layers
+    yield from layer_blocks(
+        config,
+        layers,
+        [f"model.layers.{layer}." for layer in layers],
+        lambda layer, _: (p if p.name in buffers else cut(p) for p in by_layer[layer]),
+    )
+
+
+@lru_cache(maxsize=8)
+def _by_layer(config: ModelConfig) -> Mapping[int, tuple[Parameter, ...]]:
+    """Parameters and buffers by layer; what is in none under -1."""
+    found: dict[int, list[Parameter]] = {layer: [] for layer in range(-1, config.num_layers)}
+    for parameter in (*_parameters(config).values(), *_buffers(config).values()):
+        match = _LAYER.match(parameter.name)
+        found[int(match[1]) if match else -1].append(parameter)
+    return MappingProxyType({layer: tuple(held) for layer, held in found.items()})
 
 
 @lru_cache(maxsize=8)

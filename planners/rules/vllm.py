@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from weightsync.ir.dtypes import Dtype
 from weightsync.planners.rules.canonical import (
@@ -13,16 +12,25 @@ from weightsync.planners.rules.canonical import (
     canonical_dtypes,
     canonical_tensors,
 )
-from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
-from weightsync.planners.rules.layout import RuleLayout, checked_degree, named_dtype
-from weightsync.planners.rules.parts import Parameter, rows
-from weightsync.planners.rules.quantized import encoded_config, encoded_names
-from weightsync.planners.rules.vllm_parts.attention import attention, latent_attention
+from weightsync.planners.rules.config import ConfigLike, model_config
+from weightsync.planners.rules.engine_parts.attention import attention, latent_attention
+from weightsync.planners.rules.engine_parts.encoded import encoded_from, with_values
+from weightsync.planners.rules.engine_parts.experts import mlp
+from weightsync.planners.rules.engine_parts.linears import Checkpoint
+from weightsync.planners.rules.engine_parts.vocab import vocab_rows
+from weightsync.planners.rules.layout import (
+    Block,
+    RuleLayout,
+    checked_degree,
+    layer_blocks,
+    named_dtype,
+)
+from weightsync.planners.rules.parts import Parameter
+from weightsync.planners.rules.quantized import encoded_config
 from weightsync.planners.rules.vllm_parts.checks import check_model, checked_degrees
-from weightsync.planners.rules.vllm_parts.degrees import Degrees
-from weightsync.planners.rules.vllm_parts.experts import mlp, sparse_mlp
+from weightsync.planners.rules.vllm_parts.degrees import Degrees, Place
+from weightsync.planners.rules.vllm_parts.experts import sparse_mlp
 from weightsync.planners.rules.vllm_parts.gpt_oss import gpt_oss_mlp
-from weightsync.planners.rules.vllm_parts.linears import Checkpoint
 
 __all__ = ["VllmLayout", "vllm"]
 
@@ -57,76 +65,61 @@ class VllmLayout(RuleLayout):
         """Gives the shapes of the canonical tensors; see `RuleLayout.tensors`."""
         if self.encoding is None:
             return canonical_tensors(self.config, quantized=self.quantized)
-        return _with_values(self.config)
+        return with_values(self.config)
 
     def encodings(self) -> Mapping[str, tuple[str, str, str]]:
         """Lists what sources encode; see `RuleLayout.encodings`."""
-        return {} if self.encoding is None else _encodings(self.config, self.encoding)
+        return {} if self.encoding is None else encoded_from(self.config, self.encoding)
 
-    def like_layers(self, rank: int) -> list[list[int]]:
-        """Groups layers with and without experts; see `RuleLayout.like_layers`."""
-        place = self.degrees.place(self.config, rank)
-        if place.moved:  # the balancer puts other experts into every layer
-            return []
-        sparse = [layer for layer in place.layers if self.config.is_sparse(layer)]
-        return [sparse, [layer for layer in place.layers if not self.config.is_sparse(layer)]]
-
-    def parameters(self, rank: int, without: Container[int] = ()) -> Iterator[Parameter]:
-        """Lists vLLM's parameters; see `RuleLayout.parameters`."""
+    def blocks(self, rank: int) -> Iterator[Block]:
+        """Lists vLLM's parameters; see `RuleLayout.blocks`."""
         config, degrees = self.config, self.degrees
         place = degrees.place(config, rank)
         dtypes = canonical_dtypes(config, quantized=self.quantized)
-        checkpoint = Checkpoint(config, self.tensors(), dtypes)
-        tp, tp_rank = degrees.tp, place.tp_rank
-        is_gpt_oss = config.model_type == "gpt_oss"
-        attend = attention if config.latent is None else latent_attention
+        checkpoint = Checkpoint(config, self.tensors(), dtypes, "vLLM")
+        cut = (self.vocab_padding, degrees.tp, place.tp_rank)
         holds_all = config.model_type in _NOT_STAGED
+        outer: list[Parameter] = []
         # A tied head is the embedding itself, so the last stage holds that, too.
         if place.is_first or (place.is_last and config.tie_word_embeddings) or holds_all:
+            is_gpt_oss = config.model_type == "gpt_oss"
             name = "model.embedding.weight" if is_gpt_oss else EMBEDDING
-            yield self._vocab(EMBEDDING, name, tp_rank)
-        for layer in place.layers:
-            if layer in without:
-                continue
-            prefix = f"model.layers.{layer}."
-            yield from attend(checkpoint, prefix, tp, tp_rank)
-            if is_gpt_oss:
-                yield from gpt_oss_mlp(checkpoint, prefix, degrees, place, self.mxfp4_padding)
-            elif config.is_sparse(layer):
-                yield from sparse_mlp(checkpoint, layer, degrees, place)
-            else:
-                yield from mlp(checkpoint, prefix + "mlp.", config.intermediate_size, tp, tp_rank)
-            yield checkpoint.whole(prefix + "input_layernorm.weight")
-            yield checkpoint.whole(prefix + "post_attention_layernorm.weight")
+            outer.append(vocab_rows(checkpoint, EMBEDDING, name, *cut))
         if place.is_last or holds_all:
-            yield checkpoint.whole("model.norm.weight")
+            outer.append(checkpoint.whole("model.norm.weight"))
             if not config.tie_word_embeddings:
-                yield self._vocab(LM_HEAD, LM_HEAD, tp_rank)
+                outer.append(vocab_rows(checkpoint, LM_HEAD, LM_HEAD, *cut))
+        yield Block(tuple(outer))
 
-    def _vocab(self, tensor: str, name: str, tp_rank: int) -> Parameter:
-        """The embeddings: an even share of the padded rows; the last ranks hold the padding."""
-        size, hidden = self.config.vocab_size, self.config.hidden_size
-        share = -(-size // self.vocab_padding) * self.vocab_padding // self.degrees.tp
-        start = min(tp_rank * share, size)
-        held = min(start + share, size) - start
-        return Parameter(
-            name,
-            (share, hidden),
-            (rows(tensor, (size, hidden), start, held),) if held else (),
-            (((held, 0), (share - held, hidden)),) if held < share else (),
-        )
+        def layer(number: int, prefix: str) -> Iterator[Parameter]:
+            return self._layer(checkpoint, place, number, prefix)
 
+        names = [f"model.layers.{number}." for number in place.layers]
+        if not place.moved:
+            yield from layer_blocks(config, place.layers, names, layer)
+            return
+        for number, name in zip(place.layers, names, strict=True):  # experts differ
+            yield Block(tuple(layer(number, name)))
 
-@lru_cache(maxsize=2)
-def _with_values(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """The quantized checkpoint's tensors and those of BF16 that they take the places of."""
-    return {**canonical_tensors(config), **canonical_tensors(config, quantized=True)}
-
-
-@lru_cache(maxsize=2)
-def _encodings(config: ModelConfig, encoding: str) -> Mapping[str, tuple[str, str, str]]:
-    names = encoded_names(config, canonical_tensors(config))
-    return {codes: (encoding, values, scales) for values, codes, scales in names}
+    def _layer(
+        self, checkpoint: Checkpoint, place: Place, layer: int, prefix: str
+    ) -> Iterator[Parameter]:
+        config, degrees = self.config, self.degrees
+        tp, tp_rank = degrees.tp, place.tp_rank
+        is_gpt_oss = config.model_type == "gpt_oss"
+        if config.latent is None:
+            module = "attn." if is_gpt_oss else "self_attn."
+            yield from attention(checkpoint, prefix, tp, tp_rank, module)
+        else:
+            yield from latent_attention(checkpoint, prefix, tp, tp_rank, "fused_qkv_a_proj")
+        if is_gpt_oss:
+            yield from gpt_oss_mlp(checkpoint, prefix, degrees, place, self.mxfp4_padding)
+        elif config.is_sparse(layer):
+            yield from sparse_mlp(checkpoint, layer, degrees, place)
+        else:
+            yield from mlp(checkpoint, prefix + "mlp.", config.intermediate_size, tp, tp_rank)
+        yield checkpoint.whole(prefix + "input_layernorm.weight")
+        yield checkpoint.whole(prefix + "post_attention_layernorm.weight")
 
 
 def vllm(
@@ -217,6 +210,6 @@ def vllm(
     )
     if is_quantized:
         for stage in range(pp):  # scales that no rank can hold; tp ranks are alike
-            for _ in layout.parameters(stage * tp):
+            for _ in layout.blocks(stage * tp):
                 pass
     return layout

@@ -30,7 +30,9 @@ _PRELOAD: Final = [
 ]
 
 
-def run_ranks(check: Callable[[int], None], world_size: int, folder: Path) -> None:
+def run_ranks(
+    check: Callable[[int], None], world_size: int, folder: Path, deadline_s: float = DEADLINE_S
+) -> None:
     """Run `check(rank)` on every rank of a new group; a rank that fails shows its traceback.
 
     `check` is a function at the top of a module; `folder` is empty and this run's own.
@@ -39,16 +41,16 @@ def run_ranks(check: Callable[[int], None], world_size: int, folder: Path) -> No
     source = inspect.getsourcefile(check)
     context = mp.start_processes(
         _rank_main,
-        (source, check.__name__, world_size, str(folder)),
+        (source, check.__name__, world_size, str(folder), deadline_s),
         nprocs=world_size,
         join=False,
         start_method="forkserver",
     )
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + deadline_s
     try:
         while not context.join(timeout=max(0.0, end - time.monotonic())):
             if time.monotonic() > end:
-                pytest.fail(f"ranks did not finish within {DEADLINE_S} s")
+                pytest.fail(f"ranks did not finish within {deadline_s} s")
     finally:
         for process in context.processes:
             if process.is_alive():
@@ -56,7 +58,9 @@ def run_ranks(check: Callable[[int], None], world_size: int, folder: Path) -> No
             process.join()
 
 
-def _rank_main(rank: int, source: str, name: str, world_size: int, folder: str) -> None:
+def _rank_main(
+    rank: int, source: str, name: str, world_size: int, folder: str, deadline_s: float
+) -> None:
     torch.set_num_threads(1)
     # A test module has no name that another process could import.
     spec = importlib.util.spec_from_file_location("ranks_of_a_test", source)
@@ -69,7 +73,7 @@ def _rank_main(rank: int, source: str, name: str, world_size: int, folder: str) 
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=DEADLINE_S),
+        timeout=timedelta(seconds=deadline_s),
     )
     try:
         getattr(module, name)(rank)

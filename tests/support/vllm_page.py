@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from support.vllm_cells import CELLS, Cell
+from support.layout_page import Result, refused_table, table
+from support.vllm_cells import CELLS
 from support.vllm_refused import REFUSED
 
-__all__ = ["PAGE", "Result", "read_results", "render", "write_results"]
+__all__ = ["PAGE", "RESULTS", "render"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 PAGE = _ROOT / "docs" / "vllm-layouts.md"
-_RESULTS = _ROOT / "tests" / "golden" / "vllm_layouts.json"
+RESULTS = _ROOT / "tests" / "golden" / "vllm_layouts.json"
 
 _HEAD = """# Layouts of vLLM, checked
 
@@ -35,7 +34,9 @@ and, where the column says so, experts and rows of vocabulary are fewer. Two thi
   `load_weights` on tensors without storage. `digest`: the two manifests are equal byte by byte;
   `elements`: pieces are cut otherwise, and both say the same of every element.
 
-Sources are worlds of FSDP2; `2x2` is HSDP with two copies. Ranks are numbered
+Sources are worlds of FSDP2; `2x2` is HSDP with two copies. What ranks of Megatron-Core and of
+DeepSpeed ZeRO-3 hold is cut out of the checkpoint by plain tensor operations that share no code
+with the rules, padding as NaN. vLLM's ranks are numbered
 `(dp * PP + pp) * TP + tp`; experts are placed on `EP = dp * tp` ranks. Rows that are only planned
 have all experts, and no bytes. Families with a star also went through the real executor: sources
 and all sinks of a replica over the fabric `local`, staged, digests checked.
@@ -48,112 +49,15 @@ each is a write of its own, and the plan of a whole gpt-oss-120b is beyond
 
 """
 
+_REFUSED = """
+## What cannot run
 
-@dataclass(frozen=True)
-class Result:
-    """What a cell found.
+`rules.vllm` refuses all of these with a `ConfigError`; by test, vLLM fails too, or drops
+weights, as the reason says.
 
-    Args:
-        nbytes: Bytes that were compared.
-        rule: How the rule equals the recording.
-        digest: Beginning of the digest of what the rule says of all ranks.
-    """
-
-    nbytes: int
-    rule: str
-    digest: str
-
-
-def read_results() -> dict[str, Result]:
-    """The results on disk, by cell."""
-    if not _RESULTS.exists():
-        return {}
-    content = json.loads(_RESULTS.read_text(encoding="utf-8"))
-    return {name: Result(**found) for name, found in content.items()}
-
-
-def write_results(results: Mapping[str, Result]) -> None:
-    """Write them to disk."""
-    content = {name: asdict(result) for name, result in results.items()}
-    _RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+"""
 
 
 def render(results: Mapping[str, Result]) -> str:
     """The page."""
-    lines = [
-        "| family | layers, experts, vocabulary | degrees | what is special | sources | ranks "
-        "| compared | bits | rule |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_row(cell, results[cell.name]) for cell in CELLS if cell.name in results]
-    executed = sum(not cell.is_planned and cell.name in results for cell in CELLS)
-    total = sum(result.nbytes for result in results.values())
-    count = (
-        f"{executed} rows executed, {len(results) - executed} planned only; "
-        f"{total / 1e9:.0f} GB compared, no difference.\n\n"
-    )
-    refused = [
-        "",
-        "## What cannot run",
-        "",
-        "`rules.vllm` refuses all of these with a `ConfigError`; by test, vLLM fails too, or drops",
-        "weights, as the reason says.",
-        "",
-        "| model | degrees | why |",
-        "|---|---|---|",
-        *(
-            f"| {refused.model}{_changed(refused.changes)} | {_degrees(refused)} "
-            f"| {refused.reason} |"
-            for refused in REFUSED
-        ),
-    ]
-    return _HEAD + count + "\n".join(lines + refused) + "\n"
-
-
-def _row(cell: Cell, result: Result) -> str:
-    config = cell.config
-    experts = next(
-        (
-            config[k]
-            for k in ("n_routed_experts", "num_experts", "num_local_experts")
-            if k in config
-        ),
-        None,
-    )
-    counts = (config["num_hidden_layers"], experts, config["vocab_size"])
-    size = ", ".join(str(count) for count in counts if count is not None)
-    special = [*cell.specials]
-    if cell.quantized:
-        special.insert(0, "MXFP4" if "gpt" in cell.model else "block FP8")
-    if cell.dtype != "BF16":
-        special.insert(0, f"{cell.dtype} masters")
-    sources = ", ".join(
-        "x".join(map(str, w)) if isinstance(w, tuple) else str(w) for w in cell.sources
-    )
-    ranks = "planned" if cell.is_planned else ", ".join(map(str, cell.ranks))
-    return (
-        f"| {cell.family}{' *' if cell.is_transferred else ''} | {size} | {_degrees(cell)} "
-        f"| {', '.join(special)} | {sources} | {ranks} of {cell.degrees.world_size} "
-        f"| {_size(result.nbytes)} | {'' if cell.is_planned else 'equal'} | {result.rule} |"
-    )
-
-
-def _degrees(cell: object) -> str:
-    degrees = cell.degrees  # type: ignore[attr-defined]
-    shown = [f"TP {degrees.tp}"]
-    shown += [f"PP {degrees.pp}"] * (degrees.pp > 1)
-    shown += [f"DP {degrees.dp}"] * (degrees.dp > 1)
-    shown += [f"EP {degrees.tp * degrees.dp}"] * degrees.ep
-    shown += [f"{degrees.num_redundant} redundant experts"] * (degrees.num_redundant > 0)
-    return ", ".join(shown)
-
-
-def _changed(changes: Mapping[str, object]) -> str:
-    shown = [f"`{key}` {value}" for key, value in changes.items() if not isinstance(value, dict)]
-    return f", {', '.join(shown)}" if shown else ""
-
-
-def _size(nbytes: int) -> str:
-    return (
-        "" if not nbytes else f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
-    )
+    return _HEAD + table(CELLS, results) + _REFUSED + refused_table(REFUSED)

@@ -41,6 +41,16 @@ class Degrees:
         """Ranks of the replica; rank = (dp * PP + pp) * TP + tp."""
         return self.tp * self.dp * self.pp
 
+    @property
+    def shown(self) -> str:
+        """The degrees in words."""
+        shown = [f"TP {self.tp}"]
+        shown += [f"PP {self.pp}"] * (self.pp > 1)
+        shown += [f"DP {self.dp}"] * (self.dp > 1)
+        shown += [f"EP {self.tp * self.dp}"] * self.ep
+        shown += [f"{self.num_redundant} redundant experts"] * (self.num_redundant > 0)
+        return ", ".join(shown)
+
 
 class _NoKernel:
     """A linear kernel that changes nothing after loading and never runs."""

@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from support.vllm_cells import config_of
+from support.layout_cells import LayoutRefused
 from support.vllm_ranks import Degrees
 
 __all__ = ["REFUSED", "Refused"]
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A combination that cannot run.
-
-    Args:
-        name: Unique.
-        model: File of configs/model.
-        degrees: How the replica would be cut.
-        reason: Why, for the page.
-        message: What the rule says.
-        vllm_says: What vLLM says when it builds or loads a rank; empty: it says nothing.
-        changes: Keys of the configuration that are not the published ones.
-        quantized: Whether tensors come quantized.
-        rank: The rank; None: the last.
-    """
-
-    name: str
-    model: str
-    degrees: Degrees
-    reason: str
-    message: str
-    vllm_says: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    quantized: bool = False
-    dtype: str = "BF16"
-    rank: int | None = None
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The configuration that both sides are given."""
-        return config_of(self.model, self.changes, quantized=self.quantized)
+Refused = LayoutRefused[Degrees]
 
 
 def _refused() -> tuple[Refused, ...]:

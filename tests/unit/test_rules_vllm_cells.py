@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from support.layout_page import read_results
 from support.vllm_cells import CELLS, Cell
 from support.vllm_matrix import sink_layout
-from support.vllm_page import PAGE, read_results, render
+from support.vllm_page import PAGE, RESULTS, render
 from support.vllm_refused import REFUSED, Refused
 from weightsync.errors import ConfigError
 from weightsync.ir import Manifest
@@ -17,7 +18,7 @@ from weightsync.planners import rules
 def test_the_rule_is_the_one_that_was_compared_with_vllm(cell: Cell) -> None:
     layout = sink_layout(cell)
     merged = Manifest.merge("sink", [layout.manifest(rank) for rank in range(layout.world_size)])
-    assert merged.digest[:16] == read_results()[cell.name].digest
+    assert merged.digest[:16] == read_results(RESULTS)[cell.name].digest
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.name)
@@ -35,7 +36,7 @@ def test_what_vllm_cannot_do_is_refused(refused: Refused) -> None:
 
 
 def test_the_page_is_what_the_results_say() -> None:
-    results = read_results()
+    results = read_results(RESULTS)
     assert list(results) == [cell.name for cell in CELLS]
     assert PAGE.read_text(encoding="utf-8") == render(results), (
         "docs/vllm-layouts.md is stale: run tests/vllm/test_layouts.py with "

@@ -7,9 +7,9 @@ what was found to tests/golden/vllm_layouts.json and renders docs/vllm-layouts.m
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,19 +19,18 @@ import torch
 
 from support import IS_LONG
 from support.gloo import run_ranks
-from support.vllm_cells import CELLS, Cell
-from support.vllm_matrix import (
-    Sources,
-    canonical_of,
+from support.layout_compare import (
+    SimulatedRank,
+    compare_ranks,
     compare_with_engine,
     load_engine,
-    recorded,
     same_map,
-    sink_layout,
-    source_layout,
-    transferred,
 )
-from support.vllm_page import PAGE, Result, read_results, render, write_results
+from support.layout_matrix import Sources, canonical_of, source_layout, transferred
+from support.layout_page import Result, read_results, write_results
+from support.vllm_cells import CELLS, Cell
+from support.vllm_matrix import recorded, sink_layout
+from support.vllm_page import PAGE, RESULTS, render
 from support.vllm_ranks import Degrees, built, fake_rank
 from support.vllm_refused import REFUSED, Refused
 from weightsync.errors import ConfigError, LayoutError
@@ -39,7 +38,6 @@ from weightsync.ir import Manifest
 from weightsync.planners import rules
 from weightsync.planners.planner import plan_transfer
 
-CACHE_BYTES = 3 << 30  # of what source ranks hold
 UPDATES = IS_LONG and os.environ.get("UPDATE_GOLDEN") == "1"
 EXECUTED = [cell for cell in CELLS if not cell.is_planned]
 # Specials that are in the long tier only, for their size.
@@ -50,14 +48,14 @@ TRANSFERRED = [cell for cell in CELLS if cell.is_transferred]
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[dict[str, Result]]:
-    known = read_results()
+    known = read_results(RESULTS)
     found: dict[str, Result] = {}
     yield found
     if UPDATES:
         names = [cell.name for cell in CELLS]
         merged = {**known, **found}
-        write_results({name: merged[name] for name in names if name in merged})
-        PAGE.write_text(render(read_results()), encoding="utf-8")
+        write_results(RESULTS, {name: merged[name] for name in names if name in merged})
+        PAGE.write_text(render(read_results(RESULTS)), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -65,36 +63,27 @@ def results() -> Iterator[dict[str, Result]]:
 )
 def test_a_plan_gives_what_vllm_loads(cell: Cell, results: dict[str, Result]) -> None:
     canonical, layout = canonical_of(cell), sink_layout(cell)
-    sinks = [layout.manifest(rank) for rank in range(layout.world_size)]
-    merged = Manifest.merge("sink", sinks)
-    plans = []
-    for world in cell.sources:
-        trainer = source_layout(cell, world)
-        held = [trainer.manifest(rank) for rank in range(trainer.world_size)]
-        plans.append(plan_transfer(Manifest.merge("source", held), merged))
-    cache_bytes = CACHE_BYTES // len(plans)
-    held_by = [Sources(plan.source, canonical, cache_bytes) for plan in plans]
-    same: set[str] = set()
-    nbytes = 0
-    executed = cell.ranks if IS_LONG else (cell.ranks[0], cell.ranks[-1])
-    for rank in range(layout.world_size) if IS_LONG else executed:
+
+    @contextmanager
+    def simulate(rank: int) -> Iterator[SimulatedRank]:
         with fake_rank(cell.config, cell.degrees, rank) as vllm_config:
-            same.add(same_map(sinks[rank], recorded(vllm_config, canonical).manifest(rank)))
-            if cell.is_planned or rank not in executed:
-                continue
-            engine = load_engine(built(vllm_config), canonical, sinks[rank])
-            for plan, memory in zip(plans, held_by, strict=True):
-                compared, faults = compare_with_engine(plan, rank, memory, engine)
-                assert faults == []
-                nbytes += compared
-            del engine
-            gc.collect()
-    assert same <= {"digest", "elements"}
-    equal = "elements" if "elements" in same else "digest"
-    results[cell.name] = Result(nbytes, equal, merged.digest[:16])
+            yield SimulatedRank(
+                lambda: recorded(vllm_config, canonical), lambda: built(vllm_config)
+            )
+
+    executed = cell.ranks if IS_LONG else (cell.ranks[0], cell.ranks[-1])
+    found = compare_ranks(
+        cell,
+        layout,
+        canonical,
+        recorded=range(layout.world_size) if IS_LONG else executed,
+        executed=() if cell.is_planned else executed,
+        simulate=simulate,
+    )
+    results[cell.name] = Result(found.nbytes, found.rule, found.digest[:16])
     if not UPDATES:
         # Fewer ranks are compared in the default tier, so fewer bytes.
-        known = read_results()[cell.name]
+        known = read_results(RESULTS)[cell.name]
         assert known.digest == results[cell.name].digest
         assert known == results[cell.name] or not IS_LONG
 
@@ -106,7 +95,7 @@ def test_a_plan_gives_what_vllm_loads(cell: Cell, results: dict[str, Result]) ->
 )
 def test_a_real_transfer_gives_what_vllm_loads(cell: Cell, tmp_path: Any) -> None:
     canonical, layout = canonical_of(cell), sink_layout(cell)
-    replica = transferred(cell, cell.sources[0], canonical, f"unix://{tmp_path}/job.sock")
+    replica = transferred(cell, layout, canonical, f"unix://{tmp_path}/job.sock")
     for rank in (cell.ranks[0], cell.ranks[-1]):
         with fake_rank(cell.config, cell.degrees, rank) as vllm_config:
             engine = load_engine(built(vllm_config), canonical, layout.manifest(rank))
@@ -125,7 +114,7 @@ def test_what_vllm_cannot_do_is_refused(refused: Refused) -> None:
             ep=degrees.ep,
             num_redundant_experts=degrees.num_redundant,
         )
-    if not refused.vllm_says:
+    if not refused.engine_says:
         return
     canonical = canonical_of(refused)
     rank = degrees.world_size - 1 if refused.rank is None else refused.rank
@@ -134,7 +123,7 @@ def test_what_vllm_cannot_do_is_refused(refused: Refused) -> None:
         fake_rank(refused.config, degrees, rank) as vllm_config,
     ):
         recorded(vllm_config, canonical)
-    assert refused.vllm_says in f"{type(caught.value).__name__}: {caught.value}"
+    assert refused.engine_says in f"{type(caught.value).__name__}: {caught.value}"
 
 
 @pytest.mark.parametrize("num_redundant", [1, 2, 7, 16, 33])

@@ -41,9 +41,10 @@ def module_layout(
     """Describes live weights of this process.
 
     Plain modules, modules under `fully_shard` (FSDP2; also HSDP, and over tensor or expert
-    parallelism) and mappings of tensors, DTensors of any `Shard`, `_StridedShard` and `Replicate`
-    among them, are understood. Modules of transformers and torchtitan that the rules know get the
-    names of their Hugging Face checkpoint; the names of all others are canonical as they stand.
+    parallelism) or DeepSpeed ZeRO-3, and mappings of tensors, DTensors of any `Shard`,
+    `_StridedShard` and `Replicate` among them, are understood. Modules of transformers and
+    torchtitan that the rules know get the names of their Hugging Face checkpoint; the names of all
+    others are canonical as they stand.
     FSDP modules that are unsharded at this moment are resharded; nothing is communicated.
 
     Args:
@@ -152,9 +153,15 @@ class LiveLayout:
                 if parameter is None:
                     unknown.append(name)
                 else:
-                    parts |= dict.fromkeys(parameter.collected(site.n, site.boxes).parts)
-            local = Parameter(site.names[0], site.n, tuple(parts))
-            write(builder, [local], self._shapes(site), site.dtype, site.stride)
+                    held = (
+                        parameter.collected(site.n, site.boxes)
+                        if site.window is None
+                        else parameter.flat(*site.window)
+                    )
+                    parts |= dict.fromkeys(held.parts)
+            local = Parameter(site.names[0], site.n, tuple(parts), window=site.window)
+            stride = site.stride if site.window is None else None
+            write(builder, [local], self._shapes(site), site.dtype, stride)
         if unknown:
             raise UnknownTensorError(
                 f"{self._side} {self.rank}: not part of the model that the config describes: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from weightsync.errors import LayoutError
 from weightsync.ir.dtypes import Dtype
 from weightsync.live.placements import local_boxes
+from weightsync.live.zero3 import is_partitioned, partition_of
 from weightsync.planners.rules.parts import Box
 
 __all__ = [
@@ -67,6 +69,8 @@ class Site:
         stride: Strides of the memory, in elements.
         local: The memory, from its first element on; detached.
         dtype: Type of the elements.
+        window: Instead of boxes: first element and number of elements of the flattened parameter,
+            which may reach beyond its last one.
     """
 
     names: tuple[str, ...]
@@ -76,6 +80,7 @@ class Site:
     stride: Index
     local: Tensor
     dtype: Dtype
+    window: tuple[int, int] | None = None
 
 
 def live_sites(weights: Weights) -> list[Site]:
@@ -101,7 +106,8 @@ def live_sites(weights: Weights) -> list[Site]:
         # Tensors on the meta device have no address; only the same object is the same memory.
         is_meta = site.local.device.type == "meta"
         address = id(tensor) if is_meta else site.local.data_ptr()
-        key = (address, site.local.device, site.shape, site.boxes, site.stride, site.dtype)
+        place = site.boxes, site.stride, site.window
+        key = (address, site.local.device, site.shape, place, site.dtype)
         if key in found:
             site = replace(found[key], names=(*found[key].names, name))
         found[key] = site
@@ -157,7 +163,7 @@ def skipped_buffers(weights: Weights) -> tuple[str, ...]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Looks through DistributedDataParallel and torch.compile, in any order.
+    """Looks through DistributedDataParallel, DeepSpeed's engine and torch.compile, in any order.
 
     Args:
         module: Any module.
@@ -166,8 +172,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
         The module that holds the weights under their own names.
     """
     while True:
-        if isinstance(module, DistributedDataParallel):
-            module = module.module
+        inner: Any = module._modules.get("module")
+        is_engine = type(module).__module__.startswith("deepspeed.") and inner is not None
+        if isinstance(module, DistributedDataParallel) or is_engine:
+            module = inner
         elif isinstance(compiled := module._modules.get("_orig_mod"), nn.Module):
             module = compiled
         else:
@@ -189,8 +197,12 @@ def _clean(name: str) -> str:
 
 def _site(name: str, tensor: Tensor) -> Site | None:
     """Describes the local memory of one tensor; None if nothing of it is here."""
-    if hasattr(tensor, "ds_tensor"):  # its own shape is (0,) while it is partitioned
-        raise LayoutError(f"{name} is partitioned by DeepSpeed ZeRO-3: not built yet", tensor=name)
+    if is_partitioned(tensor):
+        local, shape, window = partition_of(name, tensor)
+        _check(name, local)
+        if window[0] >= math.prod(shape):
+            return None  # all padding
+        return Site((name,), shape, shape, (), (1,), local, KINDS[local.dtype], window)
     shape = tuple(tensor.shape) or (1,)
     local = tensor.detach()
     if isinstance(tensor, DTensor):

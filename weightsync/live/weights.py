@@ -27,6 +27,7 @@ from weightsync.ir.dtypes import ITEMSIZE, Dtype
 from weightsync.ir.layout import SourceLayout
 from weightsync.live.layout import LiveLayout, match_buffers, module_layout
 from weightsync.live.sites import TORCH_DTYPES, named_tensors
+from weightsync.live.zero3 import is_partitioned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,7 @@ class _Snapshot:
             cut = [index for index, (tensor, part) in both if tensor is not part]
         for index in cut:
             # A step on a DTensor counts up the DTensor alone.
-            if not tensors[index].is_inference():
+            if isinstance(tensors[index], DTensor) and not tensors[index].is_inference():
                 num_writes[index] += tensors[index]._version
         addresses = [tensor.data_ptr() for tensor in local]
         if not with_meta:
@@ -128,11 +129,13 @@ def _listed(weights: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[
 def _local(tensors: list[Tensor]) -> list[Tensor]:
     """Memory of this process. Unlike `to_local()` it makes no tensor and no node of a graph.
 
-    The same list where it holds no DTensor.
+    The same list where it holds no DTensor, and no parameter that ZeRO-3 has partitioned.
     """
-    if not any(issubclass(kind, DTensor) for kind in set(map(type, tensors))):
-        return tensors
-    return [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
+    if any(issubclass(kind, DTensor) for kind in set(map(type, tensors))):
+        return [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
+    if any(map(is_partitioned, tensors)):
+        return [getattr(t, "ds_tensor", t) for t in tensors]
+    return tensors
 
 
 class SourceWeights:

@@ -7,6 +7,12 @@ from dataclasses import replace
 from weightsync.errors import ConfigError
 from weightsync.planners.rules.canonical import canonical_tensors
 from weightsync.planners.rules.config import ModelConfig
+from weightsync.planners.rules.engine_parts.checks import (
+    check_divides,
+    check_expert_map,
+    check_kv_heads,
+    check_redundant,
+)
 from weightsync.planners.rules.layout import checked_degree
 from weightsync.planners.rules.quantized import is_unconverted
 from weightsync.planners.rules.vllm_parts.degrees import ALL2ALL_BACKENDS, Degrees
@@ -59,11 +65,7 @@ def checked_degrees(model: ModelConfig, degrees: Degrees, ep: bool | int) -> Deg
             key="all2all_backend",
         )
     redundant = degrees.num_redundant
-    if isinstance(redundant, bool) or not isinstance(redundant, int) or redundant < 0:
-        raise ConfigError(
-            f"vllm: num_redundant_experts must be an integer from 0 on, not {redundant!r}",
-            key="num_redundant_experts",
-        )
+    check_redundant("vllm", redundant)
     if redundant and degree == 1:
         raise ConfigError(
             "vllm: num_redundant_experts needs ep and more than one rank: vLLM balances whole "
@@ -88,15 +90,11 @@ def _check_expert_map(model: ModelConfig, degrees: Degrees, degree: int) -> None
         problem = "vLLM's gpt_oss knows no balancer"
     elif rows and num_slots % degree:
         problem = f"{degree} ranks do not divide its {num_slots} slots, as vLLM's balancer needs"
-    elif rows and len(rows) != len(model.sparse_layers):
-        problem = f"{len(rows)} rows for {len(model.sparse_layers)} layers with experts"
-    for number, row in enumerate(rows if problem is None else ()):
-        if len(row) != num_slots or set(row) != set(range(model.num_experts)):
-            problem = (
-                f"row {number} does not place all {model.num_experts} experts in {num_slots} slots"
-            )
     if problem is not None:
         raise ConfigError(f"vllm: expert_map: {problem}", key="expert_map")
+    if rows:
+        num_sparse = len(model.sparse_layers)
+        check_expert_map("vllm", model, rows, num_slots, num_sparse, "layers with experts")
 
 
 def check_model(
@@ -133,17 +131,10 @@ def check_model(
                     f"{model.model_type} wants one on each",
                     key="pp",
                 )
-    tp, kv_heads = degrees.tp, model.num_kv_heads
+    tp = degrees.tp
     divided = {"num_attention_heads": model.num_heads}
     if model.latent is None:
-        if kv_heads < tp and tp % kv_heads:
-            raise ConfigError(
-                f"vllm: tp={tp} is no multiple of the {kv_heads} kv heads, so they cannot be "
-                "replicated evenly",
-                key="tp",
-            )
-        if kv_heads >= tp:
-            divided["num_key_value_heads"] = kv_heads
+        check_kv_heads("vllm", "tp", tp, model.num_kv_heads)
     if len(model.sparse_layers) < model.num_layers:
         divided["intermediate_size"] = model.intermediate_size
     if model.sparse_layers:
@@ -165,9 +156,7 @@ def check_model(
     divided[f"the vocabulary padded to a multiple of {vocab_padding}"] = (
         -(-model.vocab_size // vocab_padding) * vocab_padding
     )
-    for what, size in divided.items():
-        if size % tp:
-            raise ConfigError(f"vllm: tp={tp} does not divide {what}, {size}", key="tp")
+    check_divides("vllm", "tp", tp, divided)
 
 
 def _check_weights(model: ModelConfig) -> None:

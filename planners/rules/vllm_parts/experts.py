@@ -1,51 +1,22 @@
-"""MLPs, dense and sparse: fused gate and up, stacked experts, their scales and their padding."""
+"""Sparse MLPs: router, shared experts, and routed experts with vLLM's grid of scales."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from weightsync.errors import ConfigError
 from weightsync.ir.dtypes import Dtype
 from weightsync.planners.rules.config import ModelConfig
-from weightsync.planners.rules.parts import Parameter, Part, columns, rows
+from weightsync.planners.rules.engine_parts.experts import mlp, stacked_experts
+from weightsync.planners.rules.engine_parts.linears import SCALE, Checkpoint
+from weightsync.planners.rules.parts import Parameter
 from weightsync.planners.rules.vllm_parts.degrees import Degrees, Place
-from weightsync.planners.rules.vllm_parts.linears import SCALE, Checkpoint, Rows
 
-__all__ = ["mlp", "refined_block", "sparse_mlp"]
+__all__ = ["refined_block", "sparse_mlp"]
 
 # Smallest block of scales that vLLM's kernels take.
 _LEAST_BLOCK = 32
-
-
-def mlp(
-    checkpoint: Checkpoint, prefix: str, width: int, tp: int, tp_rank: int
-) -> Iterator[Parameter]:
-    """A dense MLP.
-
-    Args:
-        checkpoint: The canonical tensors.
-        prefix: Name of the module, with a dot.
-        width: Its intermediate size.
-        tp: Ranks that share it.
-        tp_rank: This one.
-
-    Yields:
-        Its parameters, in vLLM's order.
-    """
-    share = width // tp
-    bias = checkpoint.config.mlp_bias
-    yield from checkpoint.fused(
-        prefix + "gate_up_proj",
-        [
-            Rows(prefix + "gate_proj", tp_rank * share, share),
-            Rows(prefix + "up_proj", tp_rank * share, share),
-        ],
-        bias=bias,
-    )
-    yield from checkpoint.cut_columns(
-        prefix + "down_proj", prefix + "down_proj", tp_rank * share, share, bias=bias
-    )
 
 
 def sparse_mlp(
@@ -78,52 +49,20 @@ def sparse_mlp(
         width = config.moe_intermediate_size * config.num_shared_experts
         yield from mlp(checkpoint, prefix + "shared_experts.", width, tp, tp_rank)
     held = place.experts_of(sum(sparse < layer for sparse in config.sparse_layers))
-    yield from _experts(checkpoint, prefix + "experts.", degrees, place.moe_rank, held)
-
-
-def _experts(
-    checkpoint: Checkpoint, prefix: str, degrees: Degrees, moe_rank: int, experts: Sequence[int]
-) -> Iterator[Parameter]:
-    """Experts stacked: `w13_weight` [E, 2I, H], gate above up, and `w2_weight` [E, H, I]."""
-    config = checkpoint.config
-    hidden, width = config.hidden_size, config.moe_intermediate_size
+    sources = [f"{prefix}experts.{expert}." for expert in held]
+    width = config.moe_intermediate_size
     share = width if degrees.is_ep else width // degrees.moe_ranks
-    start = 0 if degrees.is_ep else moe_rank * share
-    num_slots = len(experts)
-    tall, wide = (width, hidden), (hidden, width)
-    w13: list[Part] = []
-    w2: list[Part] = []
-    for slot, expert in enumerate(experts):
-        name = f"{prefix}{expert}."
-        w13.append(rows(name + "gate_proj.weight", tall, start, share, (slot, 0, 0)))
-        w13.append(rows(name + "up_proj.weight", tall, start, share, (slot, share, 0)))
-        w2.append(columns(name + "down_proj.weight", wide, start, share, (slot, 0, 0)))
-    routed = prefix + "routed_experts."
-    first = f"{prefix}0."
-    dtype = checkpoint.dtypes.get(first + "gate_proj.weight")
-    yield Parameter(routed + "w13_weight", (num_slots, 2 * share, hidden), tuple(w13), dtype=dtype)
-    yield Parameter(routed + "w2_weight", (num_slots, hidden, share), tuple(w2), dtype=dtype)
-    held = [f"{prefix}{e}.{w}_proj" for e in experts for w in ("gate", "up", "down")]
-    if not checkpoint.is_block_scaled(routed + "w13_weight", held):
-        return
-    # One grid for all scales: that of the checkpoint, or a finer one that the shards fit.
-    block = refined_block(config, degrees) or checkpoint.block
-    high, deep = -(-share // block[0]), -(-share // block[1])
-    grid = (-(-hidden // block[0]), -(-hidden // block[1]))
-    finer = (checkpoint.block[0] // block[0], checkpoint.block[1] // block[1])
-    w13, w2 = [], []
-    for slot, expert in enumerate(experts):
-        name = f"{prefix}{expert}."
-        for half, which in enumerate(("gate_proj", "up_proj")):
-            tensor, at = name + which + SCALE, (slot, half * high, 0)
-            box = ((start // block[0], high), (0, grid[1]))
-            w13 += _upsampled(tensor, box, finer, at)
-        box = ((0, grid[0]), (start // block[1], deep))
-        w2 += _upsampled(name + "down_proj" + SCALE, box, finer, (slot, 0, 0))
-    scales = checkpoint.dtypes.get(first + "gate_proj" + SCALE)
-    shape13, shape2 = (num_slots, 2 * high, grid[1]), (num_slots, grid[0], deep)
-    yield Parameter(routed + "w13_weight_scale_inv", shape13, tuple(w13), dtype=scales)
-    yield Parameter(routed + "w2_weight_scale_inv", shape2, tuple(w2), dtype=scales)
+    start = 0 if degrees.is_ep else place.moe_rank * share
+    is_scaled = sources[0] + "gate_proj" + SCALE in checkpoint.shapes
+    yield from stacked_experts(
+        checkpoint,
+        prefix + "experts.routed_experts.",
+        sources,
+        start,
+        share,
+        # One grid for all scales: that of the checkpoint, or a finer one that the shards fit.
+        block=refined_block(config, degrees) if is_scaled else None,
+    )
 
 
 def refined_block(config: ModelConfig, degrees: Degrees) -> tuple[int, int] | None:
@@ -156,38 +95,3 @@ def refined_block(config: ModelConfig, degrees: Degrees) -> tuple[int, int] | No
             key="tp",
         )
     return (finer, finer)
-
-
-def _upsampled(
-    tensor: str,
-    box: tuple[tuple[int, int], tuple[int, int]],
-    finer: tuple[int, int],
-    at: tuple[int, int, int],
-) -> Iterator[Part]:
-    """A box of scales on a finer grid: each of the checkpoint's stands for several.
-
-    Args:
-        tensor: Canonical name of the scales.
-        box: First index and count on the finer grid, of rows and of columns.
-        finer: Finer blocks per block of the checkpoint, along rows and columns.
-        at: Where the box goes in the parameter.
-
-    Yields:
-        A part for each place inside a block, with gaps of `finer` between its elements.
-    """
-    (row, num_rows), (column, num_columns) = box
-    for i in range(finer[0]):
-        for j in range(finer[1]):
-            # Finer rows row + i, row + i + finer, ... below row + num_rows.
-            high, wide = -(-(num_rows - i) // finer[0]), -(-(num_columns - j) // finer[1])
-            if high <= 0 or wide <= 0:
-                continue
-            yield Part(
-                tensor,
-                ((row + i) // finer[0], (column + j) // finer[1]),
-                (high, wide),
-                (1, 1),
-                (at[0], at[1] + i, at[2] + j),
-                (1, 2),
-                finer,
-            )

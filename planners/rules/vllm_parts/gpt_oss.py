@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from weightsync.ir.dtypes import Dtype
+from weightsync.planners.rules.engine_parts.linears import Checkpoint
 from weightsync.planners.rules.parts import Parameter, Part
 from weightsync.planners.rules.quantized import MX_BLOCK
 from weightsync.planners.rules.vllm_parts.degrees import Degrees, Place
-from weightsync.planners.rules.vllm_parts.linears import Checkpoint
 
 __all__ = ["gpt_oss_mlp"]
 

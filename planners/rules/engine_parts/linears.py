@@ -11,7 +11,7 @@ from weightsync.ir.dtypes import Dtype
 from weightsync.planners.rules.config import ModelConfig
 from weightsync.planners.rules.parts import Parameter, columns, rows, stacked, whole
 
-__all__ = ["Checkpoint", "Rows"]
+__all__ = ["SCALE", "Checkpoint", "Rows"]
 
 SCALE = ".weight_scale_inv"
 
@@ -32,11 +32,13 @@ class Checkpoint:
         config: The model.
         shapes: Shape by name.
         dtypes: Dtype by name, where it is not the model's.
+        engine: Name of the engine, for messages.
     """
 
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, Dtype]
+    engine: str
 
     def whole(self, tensor: str, name: str | None = None, dtype: Dtype | None = None) -> Parameter:
         """A parameter that is one tensor.
@@ -57,13 +59,14 @@ class Checkpoint:
             sources: Their names.
 
         Raises:
-            ConfigError: Some are and some are not; vLLM refuses this as well.
+            ConfigError: Some are and some are not; engines refuse this as well.
         """
         found = {source + SCALE in self.shapes: source for source in sources}
         if len(found) > 1:
             raise ConfigError(
-                f"vllm: {name} would hold {found[True]}, which is in blocks of FP8, beside "
-                f"{found[False]}, which is not; list all or none of them in modules_to_not_convert",
+                f"{self.engine.lower()}: {name} would hold {found[True]}, which is in blocks of "
+                f"FP8, beside {found[False]}, which is not; list all or none of them in "
+                "modules_to_not_convert",
                 key="quantization_config",
                 tensor=name,
             )
@@ -155,8 +158,9 @@ class Checkpoint:
 
     def _misfit(self, name: str, what: str, block: int) -> ConfigError:
         return ConfigError(
-            f"vllm: {name} would hold {what} on a rank, which is no multiple of the {block} that "
-            "share a scale; vLLM refuses this or misplaces scales: use a smaller tp",
+            f"{self.engine.lower()}: {name} would hold {what} on a rank, which is no multiple of "
+            f"the {block} that share a scale; {self.engine} refuses this or misplaces scales: use "
+            "a smaller tp",
             key="tp",
             tensor=name,
         )

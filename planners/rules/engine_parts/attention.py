@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from weightsync.planners.rules.engine_parts.linears import Checkpoint, Rows
 from weightsync.planners.rules.parts import Parameter, rows, stacked
-from weightsync.planners.rules.vllm_parts.linears import Checkpoint, Rows
 
 __all__ = ["attention", "latent_attention"]
 
 
-def attention(checkpoint: Checkpoint, layer: str, tp: int, tp_rank: int) -> Iterator[Parameter]:
+def attention(
+    checkpoint: Checkpoint, layer: str, tp: int, tp_rank: int, module: str = "self_attn."
+) -> Iterator[Parameter]:
     """Attention with a projection each for queries, keys and values.
 
     Args:
@@ -18,19 +20,18 @@ def attention(checkpoint: Checkpoint, layer: str, tp: int, tp_rank: int) -> Iter
         layer: `model.layers.N.`
         tp: Tensor-parallel ranks. With more of them than kv heads, neighbours hold the same one.
         tp_rank: This one.
+        module: What the engine calls it.
 
     Yields:
-        Its parameters, in vLLM's order.
+        Its parameters, in the engine's order.
     """
     config = checkpoint.config
-    is_gpt_oss = config.model_type == "gpt_oss"
-    source = layer + "self_attn."
-    name = layer + ("attn." if is_gpt_oss else "self_attn.")
+    source, name = layer + "self_attn.", layer + module
     num_heads = config.num_heads // tp
     num_q = num_heads * config.head_dim
     num_kv = max(1, config.num_kv_heads // tp) * config.head_dim
     kv_rank = tp_rank // max(1, tp // config.num_kv_heads)
-    if is_gpt_oss:
+    if config.model_type == "gpt_oss":
         sinks = rows(source + "sinks", (config.num_heads,), tp_rank * num_heads, num_heads)
         yield stacked(name + "sinks", [sinks])
     yield from checkpoint.fused(
@@ -51,7 +52,7 @@ def attention(checkpoint: Checkpoint, layer: str, tp: int, tp_rank: int) -> Iter
 
 
 def latent_attention(
-    checkpoint: Checkpoint, layer: str, tp: int, tp_rank: int
+    checkpoint: Checkpoint, layer: str, tp: int, tp_rank: int, compression: str
 ) -> Iterator[Parameter]:
     """Latent attention: compressions whole on every rank, expansions cut by heads.
 
@@ -60,9 +61,10 @@ def latent_attention(
         layer: `model.layers.N.`
         tp: Tensor-parallel ranks.
         tp_rank: This one.
+        compression: What the engine calls both compressions in one.
 
     Yields:
-        Its parameters, in vLLM's order.
+        Its parameters, in the engine's order.
     """
     config = checkpoint.config
     latent = config.latent
@@ -79,7 +81,7 @@ def latent_attention(
         )
     else:
         yield from checkpoint.fused(
-            prefix + "fused_qkv_a_proj",
+            prefix + compression,
             [Rows(prefix + "q_a_proj", 0, latent.q_rank), compressed],
         )
         yield checkpoint.whole(prefix + "q_a_layernorm.weight")

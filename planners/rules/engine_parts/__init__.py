@@ -1,0 +1,1 @@
+"""What the rules of several engines share: linear layers, attention, experts, embeddings."""
