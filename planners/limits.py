@@ -33,9 +33,12 @@ class Limits:
         strategy: What the plan does: "direct" (each sink is written by sources), "node_dedup" (what
             the sinks of a node share crosses the network once), "relay" (sinks of other nodes pass
             on what they received).
+        deduplicates: Whether sinks of a node pass on to each other.
         receiver_s: The sink port with the most bytes: `max_j D_j / d_j`.
         receiver_dedup_s: The node with the most distinct bytes over all its NICs:
             `max_v U_v / B_v`. Counts instead of `receiver_s` where the plan deduplicates.
+        unique_s: What the sinks of a replica need, counted once, over all their NICs: `W / sum d`.
+            No strategy comes below it.
         source_s: Every byte leaves some holder once: `max_X |X| / sum of e over H(X)`.
         sender_s: As `source_s` for what the strategy sends: all copies of each byte (direct), one
             for each node (node_dedup), the bound for relays (relay).
@@ -50,8 +53,10 @@ class Limits:
     """
 
     strategy: Strategy
+    deduplicates: bool
     receiver_s: float
     receiver_dedup_s: float
+    unique_s: float
     source_s: float
     sender_s: float
     cut_s: float
@@ -64,12 +69,13 @@ class Limits:
 
     def counted(self) -> dict[str, float]:
         """Return the limits that hold for the strategy planned, by name."""
-        unused = {"receiver_s"} if self.strategy != "direct" else {"receiver_dedup_s", "nvlink_s"}
+        unused = {"receiver_s"} if self.deduplicates else {"receiver_dedup_s", "nvlink_s"}
+        unused.add("unique_s")  # never above what receivers need
         return {name: value for name, value in self.by_name().items() if name not in unused}
 
     def by_name(self) -> dict[str, float]:
         """Return all limits by name."""
-        names = [f.name for f in dataclasses.fields(self) if f.name != "strategy"]
+        names = [f.name for f in dataclasses.fields(self) if f.name.endswith("_s")]
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -122,8 +128,10 @@ def limits_of(
     pcie, host = _through_host(traffic, cluster, is_offloaded)
     return Limits(
         strategy=strategy,
+        deduplicates=traffic.deduplicates,
         receiver_s=slowest_s(port_need, rate),
         receiver_dedup_s=slowest_s(traffic.node_bytes / np.maximum(num_ports, 1), rate),
+        unique_s=traffic.num_replicas * traffic.unique_bytes / max(float(in_rates.sum()), rate),
         source_s=held_s(traffic.class_bytes, *classes),
         sender_s=sender_s,
         cut_s=cut_s(

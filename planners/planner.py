@@ -1,8 +1,9 @@
 """plan_transfer: from the manifests of both sides to a validated plan.
 
-Stages: encode -> classify -> find boxes -> intersect -> choose -> stamp -> lower -> order.
-Everything up to `stamp` works on one representative per class of tensors; `lower` works on blocks
-of whole source ranks, so that temporaries stay small whatever the size of the plan.
+Stages: encode -> classify -> find boxes -> intersect -> share -> choose -> stamp -> spread ->
+lower -> order. `share` and `spread` are about sinks that pass on what they received. All up to
+`spread` is the outline (`outline.py`); `lower` works on blocks of whole source ranks, so that
+temporaries stay small whatever the size of the plan, and one rank can be planned alone.
 """
 
 from __future__ import annotations
@@ -13,34 +14,30 @@ from typing import Final
 
 import numpy as np
 
-from weightsync.errors import LayoutError, PlanBudgetError, UnknownTensorError
-from weightsync.ir.encoded import Encoded, made_rows
+from weightsync.errors import PlanBudgetError, PlanError
+from weightsync.ir.encoded import made_rows
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import CONSTANT
 from weightsync.ir.plan import (
     BucketTable,
     ChunkTable,
-    MaxTable,
     Plan,
     PlanOptions,
     RowKind,
     RowTable,
     Shares,
 )
-from weightsync.ir.tables import IntArray, expand, starts_of
-from weightsync.planners import choose, encode
-from weightsync.planners.classes import TensorClasses, classify
+from weightsync.ir.tables import BoolArray, IntArray, expand, starts_of
+from weightsync.planners import choose
 from weightsync.planners.copies import CopyTable
-from weightsync.planners.encode import CodeCells
-from weightsync.planners.intersect import Boxes, Regions, find_boxes, intersect
+from weightsync.planners.fans import Fans
 from weightsync.planners.lower import Lowered, lower
-from weightsync.planners.order import cut_buckets
-from weightsync.planners.stamp import Stamped, stamp
+from weightsync.planners.order import Cut, cut_buckets
+from weightsync.planners.outline import Inputs, Outline
 
-__all__ = ["plan_transfer", "solve_shares"]
+__all__ = ["RankProgram", "plan_rank", "plan_transfer", "solve_shares"]
 
 _BLOCK: Final = 1 << 16  # regions lowered at a time, rounded up to whole source ranks
-_MAX_LISTED: Final = 8  # names in a message; the error's attributes list all
 
 
 def plan_transfer(
@@ -74,38 +71,74 @@ def plan_transfer(
 
     Cost: about 3 us a region on one core; no I/O. Pure function, safe from any thread.
     """
-    options = PlanOptions() if options is None else options
-    inputs = _Inputs.of(source, sink, options)
-    if shares is None:
-        shares = choose.solve(inputs.sets)
-    else:
-        choose.check_shares(shares, inputs.sets)
-    like = inputs.classes.tensor[inputs.classes.first]
-    election = choose.elect(
-        inputs.classes, inputs.boxes, inputs.regions, inputs.sets, shares, inputs.encoded.cell[like]
-    )
-    maxima = MaxTable.empty()
-    if len(inputs.encoded.table):
-        parts = inputs.classes, inputs.boxes
-        election = encode.follow_codes(election, *parts, inputs.cells, sink.tensors.shape[like])
-        maxima = encode.shared_maxima(inputs.encoded, inputs.sink, *parts, election, inputs.cells)
-    stamped = stamp(
-        inputs.classes, inputs.boxes, inputs.regions, election, options.max_rows // inputs.count
-    )
-    rows, chunks, buckets = _lower_all(stamped, inputs, sink, options)
+    outline = Outline.of(source, sink, PlanOptions() if options is None else options, shares)
+    lowered, fan, is_relayed = _lower(outline, slice(0, len(outline.stamped.src_rank)))
+    inputs, fans = outline.inputs, outline.fans
+    cut = cut_buckets(lowered, inputs.sink, inputs.count, outline.options, fan, fans, is_relayed)
+    rows, chunks = _tables(lowered, cut, fan, outline, _constant_rows(sink))
+    del lowered
     plan = Plan(
         source=source,
         sink=sink,
         rows=rows,
         chunks=chunks,
-        buckets=buckets,
-        shares=shares,
-        options=options,
-        maxima=maxima,
+        buckets=cut.table,
+        shares=outline.shares,
+        options=outline.options,
+        maxima=outline.maxima,
+        edges=cut.edges,
     )
     vars(plan)["encoded"] = inputs.encoded  # the cached property; what replicas store is alike
     plan.validate()
     return plan
+
+
+@dataclasses.dataclass(frozen=True)
+class RankProgram:
+    """What one source sends: the part of a plan that is its own, numbered from 0.
+
+    Attributes:
+        rows, chunks, buckets: As in `Plan`; chunks and buckets count from the rank's first one.
+    """
+
+    rows: RowTable
+    chunks: ChunkTable
+    buckets: BucketTable
+
+
+def plan_rank(outline: Outline, rank: int) -> RankProgram:
+    """Make the program of one source, without the rows of any other.
+
+    Args:
+        outline: Of the whole transfer.
+        rank: The source.
+
+    Returns:
+        What `plan_transfer` of the same arguments has of this rank.
+
+    Raises:
+        PlanError: Replicas pass on to each other: which one gets a bucket first depends on the
+            buckets of all sources.
+        PlanBudgetError: The plan does not fit the options.
+
+    Cost: about 3 us a region of this rank, and a pass over the outline the first time.
+    """
+    if outline.is_relayed.any():
+        raise PlanError("a plan with relays is made whole: plan without, or use plan_transfer")
+    first, last = np.searchsorted(outline.stamped.src_rank, [rank, rank + 1]).tolist()
+    lowered, fan, _ = _lower(outline, slice(first, last))
+    inputs = outline.inputs
+    cut = cut_buckets(
+        lowered,
+        inputs.sink,
+        inputs.count,
+        outline.options,
+        fan,
+        outline.fans,
+        pair_bytes=outline.pair_bytes,
+    )
+    rows, chunks = _tables(lowered, cut, fan, outline, RowTable.empty())
+    return RankProgram(rows, chunks, cut.table)
 
 
 def solve_shares(source: Manifest, sink: Manifest, options: PlanOptions | None = None) -> Shares:
@@ -114,7 +147,7 @@ def solve_shares(source: Manifest, sink: Manifest, options: PlanOptions | None =
     Args:
         source: Merged manifest of all source ranks.
         sink: Merged manifest of all sink ranks.
-        options: Only `ignore_extra` matters.
+        options: Only `ignore_extra` and the options about hops matter.
 
     Returns:
         A small table that `plan_transfer` takes; the coordinator solves it once for all ranks.
@@ -122,83 +155,8 @@ def solve_shares(source: Manifest, sink: Manifest, options: PlanOptions | None =
     Raises:
         UnknownTensorError, LayoutError, DtypeMismatchError, CoverageError: As `plan_transfer`.
     """
-    return choose.solve(_Inputs.of(source, sink, options or PlanOptions()).sets)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """What both entry points need: what is encoded, classes, boxes, regions and holder sets.
-
-    All of one replica (`sink`) where the manifest says that it repeats it `count` times.
-    """
-
-    encoded: Encoded
-    classes: TensorClasses
-    boxes: Boxes
-    regions: Regions
-    sets: choose.HolderSets
-    cells: CodeCells
-    sink: Manifest
-    count: int
-
-    @classmethod
-    def of(cls, source: Manifest, sink: Manifest, options: PlanOptions) -> _Inputs:
-        if source.side != "source" or sink.side != "sink":
-            raise LayoutError(f"plan from a source to a sink, not {source.side} to {sink.side}")
-        sink, count = sink.repeats or (sink, 1)
-        encoded = Encoded.of(source, sink)
-        held = encoded.source
-        match = _match_tensors(held, sink, options)
-        classes = classify(held, sink, match, encoded.table)
-        cells = CodeCells.of(classes, encoded, len(sink.tensors))
-        boxes = find_boxes(classes, held, sink)
-        regions = intersect(classes, boxes, held, sink, encoded)
-        regions = dataclasses.replace(regions, nbytes=regions.nbytes * count)
-        is_scales = cells.is_scales[classes.first]
-        sets = choose.find_holder_sets(classes, boxes, regions, is_scales)
-        return cls(encoded, classes, boxes, regions, sets, cells, sink, count)
-
-
-def _match_tensors(source: Manifest, sink: Manifest, options: PlanOptions) -> IntArray:
-    """Match tensors by name and shape: the source's number of each sink tensor, `(T_sink,)`."""
-    index = source.tensors.index
-    numbers = np.array([index.get(name, -1) for name in sink.tensors.names], np.int64)
-    wanted = np.zeros(len(numbers), np.bool_)
-    wanted[sink.pieces.tensor[sink.pieces.tensor != CONSTANT]] = True
-    missing = [sink.tensors.names[t] for t in np.flatnonzero(wanted & (numbers < 0))]
-    extra = sorted(set(source.tensors.names) - set(sink.tensors.names) - set(options.ignore_extra))
-    if missing or extra:
-        raise UnknownTensorError(
-            "the two sides do not name the same tensors; "
-            f"missing on the source: {_listed(missing)}; "
-            f"extra on the source, wanted by no sink: {_listed(extra)}; "
-            "check the layouts' model, or list known extras in PlanOptions.ignore_extra",
-            missing=missing,
-            extra=extra,
-        )
-    known = np.flatnonzero(numbers >= 0)
-    src_shape, dst_shape = source.tensors.shape[numbers[known]], sink.tensors.shape[known]
-    differs = (src_shape != dst_shape).any(axis=1)
-    differs |= source.tensors.ndim[numbers[known]] != sink.tensors.ndim[known]
-    for row in np.flatnonzero(differs)[:1]:
-        name = sink.tensors.names[known[row]]
-        shapes = [
-            tuple(side.tensors.shape[t, -int(side.tensors.ndim[t]) :].tolist())
-            for side, t in ((source, numbers[known[row]]), (sink, known[row]))
-        ]
-        raise LayoutError(
-            f"tensor {name} is {shapes[0]} on the source but {shapes[1]} on the sink; both sides "
-            "must state the shape in the Hugging Face checkpoint",
-            tensor=name,
-            source_shape=shapes[0],
-            sink_shape=shapes[1],
-        )
-    return numbers
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return (", ".join(names[:_MAX_LISTED]) or "none") + more
+    inputs = Inputs.of(source, sink, options or PlanOptions())
+    return inputs.shares if inputs.shares is not None else choose.solve(inputs.sets)
 
 
 def _blocks(src_rank: IntArray) -> Iterator[slice]:
@@ -211,38 +169,55 @@ def _blocks(src_rank: IntArray) -> Iterator[slice]:
         first = last
 
 
-def _lower_all(
-    stamped: Stamped, inputs: _Inputs, sink: Manifest, options: PlanOptions
-) -> tuple[RowTable, ChunkTable, BucketTable]:
-    """Lower block by block, for one replica, then bring the buckets of all into their order."""
-    source, num_rows, parts = inputs.encoded.source, 0, []
-    for block in _blocks(stamped.src_rank):
-        copies = stamped.copies(block, inputs.classes, inputs.boxes, source, inputs.sink)
-        parts.append(lower(copies, inputs.encoded, inputs.sink, options))
-        num_rows += len(parts[-1].rows) * inputs.count
-        if num_rows > options.max_rows:
-            raise PlanBudgetError(
-                f"the plan has over {num_rows} rows, more than max_rows ({options.max_rows}); "
-                "raise it, or shard both sides more alike",
-                rows=num_rows,
-                budget=options.max_rows,
-            )
+def _lower(outline: Outline, copies: slice) -> tuple[Lowered, IntArray, BoolArray]:
+    """Lower block by block, for one replica; copies that are passed on alike by themselves.
+
+    Args:
+        outline: The copies.
+        copies: Those of whole source ranks.
+
+    Returns:
+        The chunks; the fan of each, -1 for none; which chunks are relayed.
+    """
+    stamped, inputs, options = outline.stamped, outline.inputs, outline.options
+    apart = 2 * outline.pattern[copies] + outline.is_relayed[copies]
+    num_rows, parts, of_part = 0, [], []
+    for block in _blocks(stamped.src_rank[copies]):
+        for number in np.unique(apart[block]).tolist():
+            rows = copies.start + block.start + np.flatnonzero(apart[block] == number)
+            held = inputs.encoded.source
+            found = stamped.copies(rows, inputs.classes, inputs.boxes, held, inputs.sink)
+            parts.append(lower(found, inputs.encoded, inputs.sink, options))
+            of_part.append(np.full(len(parts[-1].src_rank), number))
+            num_rows += len(parts[-1].rows) * (1 if number % 2 else inputs.count)
+            _check_rows(num_rows, options)
     lowered = Lowered.concat(parts)
-    del parts
-    buckets, order, replica = cut_buckets(lowered, inputs.sink, inputs.count, options)
-    return *_tables(lowered, buckets, order, replica, inputs, _constant_rows(sink)), buckets
+    kind = np.concatenate([np.zeros(0, np.int64), *of_part])
+    return lowered, outline.fans.find(lowered.dst_buffer, kind // 2), kind % 2 > 0
+
+
+def _check_rows(num_rows: int, options: PlanOptions) -> None:
+    if num_rows > options.max_rows:
+        raise PlanBudgetError(
+            f"the plan has over {num_rows} rows, more than max_rows ({options.max_rows}); "
+            "raise it, or shard both sides more alike",
+            rows=num_rows,
+            budget=options.max_rows,
+        )
 
 
 def _tables(
     lowered: Lowered,
-    buckets: BucketTable,
-    order: IntArray,
-    replica: IntArray,
-    inputs: _Inputs,
+    cut: Cut,
+    fan: IntArray,
+    outline: Outline,
     constants: RowTable,
 ) -> tuple[RowTable, ChunkTable]:
     """Bring rows and chunks into the order of the buckets and number them; constants come last."""
+    inputs, fans = outline.inputs, outline.fans
+    sink, order = inputs.sink, cut.order
     counts = np.diff(lowered.row_start)[order]
+    _check_rows(int(counts.sum()) + len(constants), outline.options)
     owner, local = expand(counts)
     index = lowered.row_start[order][owner] + local
     columns = {}
@@ -252,29 +227,53 @@ def _tables(
         np.take(before, index, axis=0, out=columns[name][: len(index)], mode="clip")
         columns[name][len(index) :] = last
     sent = slice(len(index))
-    made = made_rows(
-        inputs.encoded, inputs.sink, columns["tensor"][sent], columns["dst_buffer"][sent]
-    )
-    bucket, number = expand(buckets.chunk_hi - buckets.chunk_lo)
+    made = made_rows(inputs.encoded, sink, columns["tensor"][sent], columns["dst_buffer"][sent])
+    kind = np.where(made, np.uint8(RowKind.ENCODE), np.uint8(RowKind.COPY))
+    buckets, bucket = cut.table, cut.bucket
     buffer = lowered.dst_buffer[order]  # of the first replica: all have one arena
+    offset = lowered.dst_offset[order]
+    direct = int(np.searchsorted(bucket, int(np.count_nonzero(cut.sender < 0))))  # chunks
+    if direct < len(order):
+        hops = slice(direct, None)
+        first_row = int(counts[:direct].sum())
+        entry = buffer[hops].copy()
+        to, shift = _targets(fan[order[hops]], cut.target[bucket[hops]], fans)
+        buffer[hops] = np.where(to >= 0, to, entry)
+        offset[hops] += shift
+        rows, of = slice(first_row, len(index)), owner[first_row:] - direct
+        columns["src_offset"][rows] = columns["dst_offset"][rows]
+        columns["src_stride"][rows] = columns["dst_stride"][rows]
+        from_buffer = entry + cut.sender[bucket[hops]] * len(sink.buffers)
+        columns["src_buffer"][rows] = from_buffer[of]
+        columns["dst_buffer"][rows] = buffer[hops][of]
+        columns["dst_offset"][rows] += shift[of]
+        kind[rows] = RowKind.HOP
     row_start = starts_of(counts)
     chunks = ChunkTable(
         bucket=bucket.astype(np.int32),
-        number=number.astype(np.int32),
-        dst_offset=inputs.sink.arena_offset_bytes[buffer]
-        + lowered.dst_offset[order] * inputs.sink.buffers.itemsize[buffer],
+        number=(np.arange(len(order)) - buckets.chunk_lo[bucket]).astype(np.int32),
+        dst_offset=sink.arena_offset_bytes[buffer] + offset * sink.buffers.itemsize[buffer],
         nbytes=lowered.nbytes[order],
-        is_packed=lowered.is_packed[order],
+        is_packed=lowered.is_packed[order] & (np.arange(len(order)) < direct),
         row_lo=row_start[:-1],
         row_hi=row_start[1:],
     )
     if inputs.count > 1:
-        shift = (replica * len(inputs.sink.buffers)).astype(np.int32)
-        columns["dst_buffer"][sent] += shift[owner]
-    kind = np.where(made, np.uint8(RowKind.ENCODE), np.uint8(RowKind.COPY))
+        moved = (cut.replica[bucket] * len(sink.buffers)).astype(np.int32)
+        columns["dst_buffer"][sent] += moved[owner]
     columns["kind"] = np.concatenate([kind, constants.kind])
     columns["chunk"] = np.concatenate([owner.astype(np.int32), constants.chunk])
     return RowTable(**columns), chunks
+
+
+def _targets(fan: IntArray, target: IntArray, fans: Fans) -> tuple[IntArray, IntArray]:
+    """Return where hop chunks go: buffer (-1: the same), and elements further on."""
+    buffer, shift = np.full(len(fan), -1), np.zeros(len(fan), np.int64)
+    fanned = np.flatnonzero(target >= 0)
+    if len(fanned):
+        entry = fans.start[fan[fanned]] + target[fanned]
+        buffer[fanned], shift[fanned] = fans.target[entry], fans.shift[entry]
+    return buffer, shift
 
 
 def _constant_rows(sink: Manifest) -> RowTable:

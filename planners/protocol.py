@@ -19,14 +19,19 @@ __all__ = ["armed_s", "decided_s", "in_turn", "pause_s"]
 
 Floats = NDArray[np.float64]
 
+# Pairs of source and sink whose digests are sorted while one message is handled; measured.
+_PAIRS_A_MESSAGE = 100
+
 
 def armed_s(num_sources: int, num_sinks: int, cluster: Cluster) -> float:
     """Return the time from the last publish to the first write, in seconds.
 
-    Publish, Opened and Write of each source, Arm and Armed of each sink; two round trips.
+    Publish of each source, Arm of each sink, Opened of each source while sinks answer Armed, Write
+    of each source.
     """
-    messages = 3 * num_sources + 2 * num_sinks
-    return 2 * cluster.control_round_trip_s + messages * cluster.control_message_s
+    round_trip_s, message_s = cluster.control_round_trip_s, cluster.control_message_s
+    messages_s = (2 * num_sources + 2 * num_sinks) * message_s
+    return round_trip_s + messages_s + max(round_trip_s, num_sources * message_s)
 
 
 def in_turn(lane: IntArray, arrival: Floats, work: Floats, num_lanes: int) -> Floats:
@@ -54,33 +59,39 @@ def decided_s(
 ) -> float:
     """Return when the last source hears the decision.
 
-    A source's WritesDone becomes one Expect for each of its sinks; a sink votes when it has
-    verified all and heard from all its sources; the decision is on disk before anybody is told.
+    When all senders have sent WritesDone, the coordinator sorts what they say by sink and sends
+    each sink one Expect; a sink votes when it has that and has verified all; the decision is on
+    disk before anybody is told, sources first.
 
     Args:
-        plan: Which source sends to which sink.
+        plan: Who sends to which sink.
         cluster: Times of messages and of the disk.
-        written: When each source knows that all its writes are done, `(S,)`.
+        written: When each sender knows that all its writes are done: sources, then sinks that pass
+            on, `(S,)` or `(S + D,)`.
         verified: When each bucket was verified, `(B,)`.
         begin_s: When writing began.
     """
     way_s, message = cluster.control_round_trip_s / 2, cluster.control_message_s
     num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
     dst = plan.buckets.dst_rank.astype(np.int64)
-    pairs = np.unique(plan.buckets.src_rank * np.int64(num_sinks) + dst)
-    teller, told = np.divmod(pairs, num_sinks)
-    num_expects = np.bincount(teller, minlength=num_sources)
-    handling = np.asarray(message * (1 + num_expects), np.float64)
-    expects = in_turn(np.zeros(num_sources, np.int64), written + way_s, handling, 1)
-    ready = np.full(num_sinks, begin_s)
-    np.maximum.at(ready, dst, verified)
-    np.maximum.at(ready, told, expects[teller] + way_s)
-    # Votes are handled after the last WritesDone: no sink is ready much earlier.
-    busy_until = float(expects.max(initial=begin_s))
+    sender = plan.buckets.src_rank.astype(np.int64)
+    sender[plan.num_direct :] += num_sources
+    num_pairs = len(np.unique(sender * num_sinks + dst))
+    # Sinks that pass nothing on have nothing to report.
+    tells = np.arange(len(written)) < num_sources
+    tells[sender] = True
+    handling = np.where(tells, message, 0.0)
+    heard = in_turn(np.zeros(len(written), np.int64), written + way_s, handling, 1)
+    sorted_s = float(heard[tells].max(initial=begin_s)) + num_pairs * message / _PAIRS_A_MESSAGE
+    told = sorted_s + message * np.arange(1, num_sinks + 1)
+    ready = np.full(num_sinks, begin_s)  # where there is nothing to compare
+    np.maximum.at(ready, dst, np.maximum(verified, told[dst] + way_s))
+    # Votes are handled after the last Expect: no sink is ready much earlier.
+    busy_until = float(told.max(initial=sorted_s))
     votes = np.maximum(ready + way_s, busy_until)
     voted = in_turn(np.zeros(num_sinks, np.int64), votes, np.full(num_sinks, message), 1)
     decided = float(voted.max(initial=busy_until)) + cluster.journal_s
-    return decided + (num_sources + num_sinks) * message + way_s
+    return decided + num_sources * message + way_s
 
 
 def pause_s(plan: Plan, cluster: Cluster, quality: Quality) -> float:

@@ -8,6 +8,8 @@ and the next queue has room, so what came before bounds how far ahead each stage
     leave_s(j) = max(start_s(j) + work_s(j), leave_{s+1}(j-d-1))    d: places in a queue
 
 `complete` waits for buckets in order. Staging is taken by `read` and given back by `complete`.
+
+A sink that passes on does so in the order in which buckets become ready (`ForwardingSender`).
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
+from weightsync.ir.plan import QUEUE_DEPTH
 from weightsync.ir.tables import IntArray, starts_of
 
-__all__ = ["QUEUE_DEPTH", "Sender", "StageWork"]
+__all__ = ["ForwardingSender", "Sender", "StageWork"]
 
 Floats = NDArray[np.float64]
-
-QUEUE_DEPTH = 2  # as in the executor: one bucket being worked on, one waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Sender:
             return None
         before, lag = j - 1, j - self._lag
         start = self._left_read[before] if j else self._begin_s
+        start = max(start, self.ready_s(j))
         if self._staged_after[j] >= 0:
             start = max(start, self._complete_s[self._staged_after[j]])
         self.read_start_s.append(start)
@@ -112,8 +114,16 @@ class Sender:
         self.num_posted += 1
         return self.post_s[j]
 
+    def ready_s(self, position: int) -> float:
+        """Return when a bucket may be taken, by its position in the order of sending."""
+        return self._begin_s
+
+    def bucket_at(self, position: int) -> int:
+        """Return which of its buckets, in program order, is sent at a position."""
+        return position
+
     def arrive(self, bucket: int, acknowledged_s: float) -> None:
-        """Take note that a bucket's last write was acknowledged; they may come in any order."""
+        """Take note that the last write at a position was acknowledged; in any order."""
         self._arrived[bucket] = acknowledged_s
         while (next_s := self._arrived.pop(self.num_complete, None)) is not None:
             if self._complete_s:
@@ -129,3 +139,39 @@ class Sender:
     def _left_write(self, j: int) -> float:
         lag = j - self._lag
         return max(self.post_s[j], self._complete_s[lag]) if lag >= 0 else self.post_s[j]
+
+
+class ForwardingSender(Sender):
+    """A sink's way through what it passes on, in the order in which that becomes ready.
+
+    Args:
+        work: What its buckets take, in program order; none of them is staged.
+        begin_s: When it may start.
+    """
+
+    def __init__(self, work: StageWork, begin_s: float) -> None:
+        none = np.zeros(0)
+        super().__init__(StageWork(none, none, none, np.zeros(0, np.int64), 0), begin_s)
+        self._work = work
+        self._order: list[int] = []
+        self._ready_s: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._work.read_s)
+
+    def release(self, bucket: int, ready_s: float) -> None:
+        """Let a bucket, by its number in program order, be sent after those released before."""
+        self._order.append(bucket)
+        self._ready_s.append(ready_s)
+        self._read_s.append(float(self._work.read_s[bucket]))
+        self._cast_s.append(float(self._work.cast_s[bucket]))
+        self._write_s.append(float(self._work.write_s[bucket]))
+        self._staged_after.append(-1)
+
+    def ready_s(self, position: int) -> float:
+        """See `Sender`."""
+        return self._ready_s[position]
+
+    def bucket_at(self, position: int) -> int:
+        """See `Sender`."""
+        return self._order[position]

@@ -25,31 +25,33 @@ class Stamped:
 
     Attributes:
         tensor: Index into `TensorClasses.tensor`, `(R,)`.
-        region: Row of `lo`, `n`, `step`, `dst_piece`, `(R,)`.
+        region: Row of `lo`, `n`, `step`, `origin`, `(R,)`.
         member: Sender: index into `Boxes.member_*`, `(R,)`.
         src_rank: Its rank, ascending, `(R,)`.
+        dst_piece: Sink piece (of the representative) that each goes to, `(R,)`.
         lo, n, step: Boxes of the regions, then of the parts of split ones, `(Q', 4)`.
-        dst_piece: Sink piece (of the representative) of each, `(Q',)`.
+        origin: The region that each is, or is a part of, `(Q',)`.
     """
 
     tensor: IntArray
     region: IntArray
     member: IntArray
     src_rank: IntArray
+    dst_piece: IntArray
     lo: IntArray
     n: IntArray
     step: IntArray
-    dst_piece: IntArray
+    origin: IntArray
 
     def copies(
         self,
-        rows: slice,
+        rows: slice | IntArray,
         classes: TensorClasses,
         boxes: Boxes,
         source: Manifest,
         sink: Manifest,
     ) -> CopyTable:
-        """Materialise a range of copies: buffers, offsets and strides on both sides."""
+        """Materialise some copies: buffers, offsets and strides on both sides."""
         tensor, region, member = self.tensor[rows], self.region[rows], self.member[rows]
         model = classes.first[classes.of[tensor]]
         lo, n, step = self.lo[region], self.n[region], self.step[region]
@@ -57,7 +59,7 @@ class Stamped:
         columns: dict[str, NDArray[Any]] = {}
         for side, manifest, like, start in (
             ("src", source, boxes.member_piece[member], classes.src_start),
-            ("dst", sink, self.dst_piece[region], classes.dst_start),
+            ("dst", sink, self.dst_piece[rows], classes.dst_start),
         ):
             pieces = manifest.pieces
             piece = like + (start[tensor] - start[model])  # same position in the tensor's own list
@@ -93,7 +95,7 @@ def stamp(
     item = election.item_start[tensor] - boxes.class_start[classes.of[tensor]] + regions.box[region]
     member = election.member[item]
     lo, n, step = regions.lo, regions.n, regions.step
-    piece = regions.piece
+    origin = np.arange(len(regions.piece))
     split = np.flatnonzero(member < 0)
     if len(split):
         first = np.searchsorted(election.part_item, item[split])
@@ -103,17 +105,19 @@ def stamp(
         part_lo, part_n, keep = _clip(boxes, regions, region[whole], election, part)
         part, whole = part[keep], whole[keep]
         kept = np.flatnonzero(member >= 0)
-        added = len(piece) + np.arange(len(whole))
+        added = len(origin) + np.arange(len(whole))
         lo, n = np.concatenate([lo, part_lo[keep]]), np.concatenate([n, part_n[keep]])
         step = np.concatenate([step, np.where(part_n[keep] > 1, step[region[whole]], 1)])
-        piece = np.concatenate([piece, piece[region[whole]]])
+        origin = np.concatenate([origin, region[whole]])
         tensor = np.concatenate([tensor[kept], tensor[whole]])
         region = np.concatenate([region[kept], added])
         member = np.concatenate([member[kept], election.part_member[part]])
     rank = boxes.member_rank[member]
     small = rank.astype(np.uint16) if int(rank.max(initial=0)) < 1 << 16 else rank
     order = np.argsort(small, kind="stable")  # a radix sort for 16 bits
-    return Stamped(tensor[order], region[order], member[order], rank[order], lo, n, step, piece)
+    region = region[order]
+    piece = regions.piece[origin[region]]
+    return Stamped(tensor[order], region, member[order], rank[order], piece, lo, n, step, origin)
 
 
 def _clip(

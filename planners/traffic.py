@@ -69,6 +69,7 @@ class Traffic:
         distinct_bytes: The same with what a sink stores twice (tied weights) counted once, `(D,)`.
         unique_bytes: Of all sinks together, what several need counted once: `W` for one replica or
             several equal ones.
+        num_replicas: Equal replicas that the sinks are known to be; 1 where that is not known.
         node_bytes: Of each node of sinks, what several of its GPUs need counted once, `(nodes,)`.
         holder_start, holder: Holder classes; source ranks, ascending.
         class_bytes: Unique bytes of each class, `(H,)`.
@@ -88,6 +89,7 @@ class Traffic:
     need_bytes: IntArray
     distinct_bytes: IntArray
     unique_bytes: int
+    num_replicas: int
     node_bytes: IntArray
     holder_start: IntArray
     holder: IntArray
@@ -161,6 +163,7 @@ def traffic_of(plan: Plan, gpus_per_node: int, work: BucketWork | None = None) -
         need_bytes=_need_bytes(plan.sink),
         distinct_bytes=sum_by(by_rank.group, by_rank.nbytes, num_sinks),
         unique_bytes=int(by_all.nbytes.sum()),
+        num_replicas=1 if plan.sink.repeats is None else plan.sink.repeats[1],
         node_bytes=sum_by(by_node.group, by_node.nbytes, num_nodes),
         holder_start=contents.sets.start,
         holder=contents.sets.rank,

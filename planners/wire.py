@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from weightsync.ir.tables import IntArray
 from weightsync.planners.fairness import max_min_rates
-from weightsync.planners.sending import Sender
+from weightsync.planners.sending import ForwardingSender, Sender
 
 __all__ = ["Wire"]
 
@@ -33,14 +33,16 @@ class Wire:
     then on although the others have not made room yet; on average the two cancel.
 
     Args:
-        senders: One for each source.
-        source: Source of each bucket, ascending, `(B,)`.
+        senders: One for each source, then for each sink that passes on.
+        source: Sender of each bucket, ascending, `(B,)`.
         sink: Sink of each bucket, `(B,)`.
         ports: Ports that each bucket passes, `(B, K)`.
         nbytes: `(B,)`.
         capacity: Bytes per second of each port.
         ack_s: From the end of a bucket on the wire until its sender knows.
         step_s: See above.
+        edges: Pairs of buckets (before, after), `(E, 2)`: what a forwarding sender waits for.
+        ready_s: From the end of a bucket on the wire until it may be passed on.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class Wire:
         *,
         ack_s: float,
         step_s: float = 0.0,
+        edges: NDArray[np.int32] | None = None,
+        ready_s: float = 0.0,
     ) -> None:
         self._senders = senders
         self._source: list[int] = source.tolist()
@@ -61,7 +65,13 @@ class Wire:
         self._first: list[int] = np.searchsorted(source, np.arange(len(senders))).tolist()
         self._ports, self._capacity = ports, capacity
         self._nbytes: list[int] = nbytes.tolist()
-        self._ack_s, self._step_s = ack_s, step_s
+        self._ack_s, self._step_s, self._ready_s = ack_s, step_s, ready_s
+        self._waiting = [0] * len(nbytes)  # buckets that each still waits for
+        self._after: dict[int, list[int]] = {}
+        for before, after in (edges if edges is not None else np.zeros((0, 2), int)).tolist():
+            self._after.setdefault(before, []).append(after)
+            self._waiting[after] += 1
+        self._position = [0] * len(nbytes)  # in its sender's order, of those that were posted
         self._posts: list[tuple[float, int]] = []  # heap of (time, bucket)
         self._queues: dict[tuple[int, int], deque[int]] = {}  # of pairs that have a bucket on it
         # Each source has a place for each bucket that it may have on the wire.
@@ -120,7 +130,7 @@ class Wire:
 
     def _occupy(self, bucket: int, start: float, now: float) -> None:
         source = self._source[bucket]
-        place = source * self._window + (bucket - self._first[source]) % self._window
+        place = source * self._window + self._position[bucket] % self._window
         self.start_s[bucket] = start
         self._is_busy[place] = True
         self._left[place] = self._nbytes[bucket]
@@ -135,10 +145,24 @@ class Wire:
             self._occupy(self._queues[pair].popleft(), end, now)
         else:
             del self._queues[pair]
-        self._senders[source].arrive(bucket - self._first[source], end + self._ack_s)
+        self._senders[source].arrive(self._position[bucket], end + self._ack_s)
+        self._post(source)
+        for after in self._after.get(bucket, ()):
+            self._waiting[after] -= 1
+            if not self._waiting[after]:
+                self._release(after, end + self._ready_s)
+
+    def _release(self, bucket: int, ready_s: float) -> None:
+        source = self._source[bucket]
+        sender = self._senders[source]
+        assert isinstance(sender, ForwardingSender)
+        sender.release(bucket - self._first[source], ready_s)
         self._post(source)
 
     def _post(self, source: int) -> None:
         sender, first = self._senders[source], self._first[source]
         while (time_s := sender.next_post()) is not None:
-            heapq.heappush(self._posts, (time_s, first + sender.num_posted - 1))
+            position = sender.num_posted - 1
+            bucket = first + sender.bucket_at(position)
+            self._position[bucket] = position
+            heapq.heappush(self._posts, (time_s, bucket))

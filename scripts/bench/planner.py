@@ -19,17 +19,17 @@ from collections.abc import Callable
 from typing import Any
 
 from weightsync.ir import Manifest, ManifestBuilder, Plan
-from weightsync.planners import choose, planner
+from weightsync.planners import choose, outline, planner
 
 STAGES = (
-    (planner, "classify"),
-    (planner, "find_boxes"),
-    (planner, "intersect"),
+    (outline, "classify"),
+    (outline, "find_boxes"),
+    (outline, "intersect"),
     (choose, "find_holder_sets"),
     (choose, "solve"),
     (choose, "elect"),
-    (planner, "stamp"),
-    (planner, "_lower_all"),
+    (outline, "stamp"),
+    (planner, "_lower"),
     (Plan, "validate"),
 )
 

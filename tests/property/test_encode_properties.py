@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from support import scaled
 from weightsync.errors import EncodingError, LayoutError
 from weightsync.ir import Manifest, ManifestBuilder, Plan, PlanOptions, RowKind
+from weightsync.ir.repeat import repeat_ranks
 from weightsync.planners.planner import plan_transfer, solve_shares
 from weightsync.service.planning import make_plan
 
@@ -187,16 +188,21 @@ def follow(plan: Plan, fleet: Any) -> tuple[dict[Any, set[int]], dict[Any, int]]
     rows, source, sink = plan.rows, plan.source, plan.sink
     known: dict[Any, Any] = {}
     for row in range(plan.num_sent):
-        assert rows.kind[row] == RowKind.ENCODE
+        is_hop = rows.kind[row] == RowKind.HOP
+        assert is_hop or rows.kind[row] == RowKind.ENCODE
         src, dst = int(rows.src_buffer[row]), int(rows.dst_buffer[row])
         name = sink.tensors.names[int(rows.tensor[row])]
         n = rows.n[row].tolist()
-        for key, side, buffer, of in (("src", source, src, "w"), ("dst", sink, dst, name)):
+        origin = ("dst", sink, src, name) if is_hop else ("src", source, src, "w")
+        for key, side, buffer, of in (origin, ("dst", sink, dst, name)):
             if (key, buffer, of) not in known:
                 known[key, buffer, of] = meaning(side, buffer, of)
         read = addresses(int(rows.src_offset[row]), n, rows.src_stride[row].tolist())
         write = addresses(int(rows.dst_offset[row]), n, rows.dst_stride[row].tolist())
         index = np.array([known["dst", dst, name][a] for a in write.tolist()])
+        if is_hop:  # codes and scales as they are
+            assert [known["dst", src, name][a] for a in read.tolist()] == list(map(tuple, index))
+            continue
         values = np.array([known["src", src, "w"][a] for a in read.tolist()])
         assert np.array_equal(values, fleet.origin(name, index)), name
         rank = int(source.buffers.rank[src])
@@ -243,6 +249,37 @@ def test_codes_scales_and_maxima(kind: Any, seed: int) -> None:
     assert plan_transfer(source, sink, options, shares=shares).digest == plan.digest
     assert Plan.from_bytes(plan.to_bytes()).digest == plan.digest
     assert Manifest.from_bytes(sink.to_bytes()) == sink
+
+
+@pytest.mark.parametrize("kind", [Fp8Fleet, Mxfp4Fleet])
+@pytest.mark.parametrize("relays", ["on", "off"])
+@settings(max_examples=scaled(8, 500), deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_what_was_encoded_once_is_passed_on(kind: Any, relays: Any, seed: int) -> None:
+    rng = random.Random(seed)
+    fleet = kind(rng)
+    source, sink = fleet.manifests()
+    ranks = range(len(sink.ranks))
+    if relays == "on":  # two replicas; otherwise one of twice as many ranks, in one node
+        labels = [[f"sink {replica}/{rank}" for rank in ranks] for replica in range(2)]
+    else:
+        labels = [[f"sink 0/{half * len(ranks) + rank}" for rank in ranks] for half in range(2)]
+    twice = repeat_ranks(sink, labels)
+    twice = Manifest.from_bytes(twice.to_bytes(), ranks=twice.ranks)
+    options = PlanOptions(
+        chunk_bytes=rng.choice([512, 40_000]),
+        ranks_per_node=2 * len(ranks),
+        node_dedup="on",
+        relays=relays,
+    )
+    plan = plan_transfer(source, twice, options)
+    once = plan_transfer(source, sink, options)
+    senders, owner = follow(plan, fleet)
+    assert senders.keys() == owner.keys()
+    assert plan.bytes_per_source().sum() == once.bytes_per_source().sum()
+    assert plan.bytes_per_sink().sum() == 2 * once.bytes_per_sink().sum()
+    assert (plan.rows.kind == RowKind.HOP).any()
+    assert sum(map(len, asked(plan).values())) >= sum(len(r) - 1 for r in senders.values())
 
 
 def test_sources_that_cut_packed_cells_are_refused() -> None:

@@ -256,6 +256,7 @@ def _expected_limits(
     return {
         "receiver_s": max(in_ports) / port,
         "receiver_dedup_s": max(dedup) / port,
+        "unique_s": _nbytes(set().union(*map(set, wanted))) / (len(in_ports) - 1) / port,
         "cut_s": sum(need) * 8 / rate(cut) if cut else 0.0,
         "h2d_s": max(pcie) / rate(cluster.h2d_gb_per_s),
         "host_memory_s": max(_per_group(host, gpus) + _per_group(host_sinks, gpus))
@@ -285,6 +286,7 @@ def test_limits_of_a_plan_are_those_of_its_elements(
     assert found.sender_s >= average / (int(cluster.port_of(len(plan.source.ranks)).max()) + 1) * (
         1 - 1e-6
     )
-    counted = set(by_name) - {"receiver_dedup_s", "nvlink_s"}
+    counted = set(by_name) - {"receiver_dedup_s", "nvlink_s", "unique_s"}
+    assert found.unique_s <= found.receiver_dedup_s * (1 + 1e-9)
     assert found.physical_limit_s == max(by_name[name] for name in counted)
     assert by_name[found.limiting + "_s"] == found.physical_limit_s

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import scaled
+from support.hop_fleets import corrupted
 from support.oracle import moves_exactly
 from support.scenarios import random_scenario
 from weightsync.errors import WeightSyncError
-from weightsync.ir import Plan, Shares, Table
+from weightsync.ir import Plan, Shares
 from weightsync.planners.planner import plan_transfer, solve_shares
 
 seeds = st.integers(0, 2**32 - 1)
@@ -85,24 +86,6 @@ def test_the_order_of_declarations_does_not_matter(seed: int) -> None:
     assert plan == Plan.from_bytes(plan.to_bytes())
 
 
-def _corrupted(plan: Plan, rng: random.Random) -> Plan:
-    """Return the plan with one random number of one random table changed."""
-    name = rng.choice([t for t in ("rows", "rows", "chunks", "buckets") if len(getattr(plan, t))])
-    table: Table = getattr(plan, name)
-    column = rng.choice([c for c in table.COLUMNS])
-    values = np.array(getattr(table, column))
-    flat = values.reshape(-1)
-    at = rng.randrange(len(flat))
-    old = flat[at]
-    if values.dtype == np.bool_:
-        flat[at] = not old
-    else:
-        other = rng.choice([int(old) + 1, int(old) - 1, int(rng.choice(flat)), 0, 1 << 40])
-        info = np.iinfo(values.dtype)
-        flat[at] = min(max(other, int(info.min)), int(info.max))
-    return dataclasses.replace(plan, **{name: dataclasses.replace(table, **{column: values})})
-
-
 @settings(max_examples=scaled(70, 5000))
 @given(seeds)
 def test_a_corrupted_plan_is_refused_or_still_right(seed: int) -> None:
@@ -111,7 +94,7 @@ def test_a_corrupted_plan_is_refused_or_still_right(seed: int) -> None:
         return
     rng = random.Random(seed)
     for _ in range(4):
-        changed = _corrupted(plan, rng)
+        changed = corrupted(plan, rng)
         if changed.digest == plan.digest:  # the number drawn was the old one
             continue
         try:

@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from support import scaled
 from support.clusters import random_cluster
+from support.hop_fleets import hop_options, replicated
 from support.oracle import memory_of
 from support.plan_rows import Carried, carry_out
 from support.scenarios import random_scenario
@@ -57,3 +59,24 @@ def test_the_file_alone_gives_every_sink_its_bytes(seed: int) -> None:
         except PlanError:
             reject()  # a tensor in two dtypes, which no rule makes
         check(plan.source, plan.sink, carry_out(path, scenario.tensors))
+
+
+@settings(max_examples=scaled(40, 2000), deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_file_alone_passes_on_what_sinks_received(seed: int) -> None:
+    rng = random.Random(seed)
+    scenario, source, sink, count = replicated(rng)
+    plan = plan_transfer(source, sink, hop_options(rng, scenario.options, count))
+    where = random_cluster(rng)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "plan.parquet")
+        try:
+            write_rows(plan, where, path, {})
+        except PlanError:
+            reject()
+        check(source, sink, carry_out(path, scenario.tensors))
+        rows = pq.read_table(path).to_pylist()
+    hops = [row for row in rows if row["kind"] == "hop"]
+    assert sum(row["nbytes"] for row in hops) == plan.bytes_per_forwarder().sum()
+    assert all(row["source_rank"] != row["sink_rank"] for row in hops)
+    assert all(0 <= row["rail"] < where.nics_per_node for row in hops)

@@ -15,6 +15,7 @@ from support.fluid import water_filling
 from support.scenarios import random_scenario
 from support.threads_model import Bucket, ThreadsModel
 from weightsync.ir import Plan
+from weightsync.ir.plan import QUEUE_DEPTH
 from weightsync.planners.fairness import max_min_rates
 from weightsync.planners.limits import limits_of
 from weightsync.planners.planner import plan_transfer
@@ -70,7 +71,7 @@ def test_senders_behave_like_threads_with_queues(seed: int) -> None:
     budgets = [max([1, *(b.staging_bytes for b in p)]) + rng.randint(0, 10) for p in programs]
     capacity = [rng.randint(1, 4) for _ in range(num_sources + num_sinks)]
     ack_s, begin_s = rng.choice([0.0, 0.5]), rng.uniform(0, 1)
-    ThreadsModel(programs, budgets, capacity, ack_s=ack_s, begin_s=begin_s).run()
+    ThreadsModel(programs, budgets, capacity, ack_s=ack_s, begin_s=begin_s, depth=QUEUE_DEPTH).run()
     senders = [
         Sender(
             StageWork(

@@ -7,6 +7,7 @@ piece; the plan is interpreted row by row, as an executor and a sink would.
 from __future__ import annotations
 
 import hashlib
+import heapq
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,8 @@ def cast_codes(codes: Codes, source: Dtype, sink: Dtype) -> Codes:
     """Return stored bits of one dtype as stored bits of another."""
     if source is sink:
         return codes
+    if (source, sink) == (Dtype.BF16, Dtype.F32):
+        return codes.astype(np.uint32) << np.uint32(16)  # the same bits above zeros
     assert source is Dtype.F32
     values = codes.view(np.float32)
     return values.astype(np.float16).view(np.uint16) if sink is Dtype.F16 else bf16_codes(values)
@@ -111,21 +114,30 @@ def memory_of(manifest: Manifest) -> list[Codes]:
     return memory
 
 
-def execute(plan: Plan) -> tuple[list[Bytes], list[NDArray[np.int64]]]:
+def execute(
+    plan: Plan, memory: list[Codes] | None = None
+) -> tuple[list[Bytes], list[NDArray[np.int64]]]:
     """Carry out a plan.
+
+    Args:
+        plan: The plan.
+        memory: Contents of every source buffer; None: what its pieces say.
 
     Returns:
         The arena of every sink rank, and how often each of its bytes was written.
     """
-    memory = memory_of(plan.source)
+    memory = memory_of(plan.source) if memory is None else memory
     arenas = [np.zeros(Arena(plan.sink, r).nbytes, np.uint8) for r in range(len(plan.sink.ranks))]
     counts = [np.zeros(len(arena), np.int64) for arena in arenas]
     rows, chunks, buckets = plan.rows, plan.chunks, plan.buckets
-    for bucket in range(len(buckets)):
+    for bucket in _in_order(plan):
         sink = int(buckets.dst_rank[bucket])
         for chunk in range(int(buckets.chunk_lo[bucket]), int(buckets.chunk_hi[bucket])):
             start, nbytes = int(chunks.dst_offset[chunk]), int(chunks.nbytes[chunk])
             first, last = int(chunks.row_lo[chunk]), int(chunks.row_hi[chunk])
+            if rows.kind[first] == RowKind.HOP:
+                _pass_on(plan, range(first, last), arenas, counts)
+                continue
             if chunks.is_packed[chunk]:
                 payload = np.full(nbytes, 0x5A, np.uint8)
                 for row in range(first, last):
@@ -149,6 +161,50 @@ def execute(plan: Plan) -> tuple[list[Bytes], list[NDArray[np.int64]]]:
             arenas[sink][at] = code[byte]
             np.add.at(counts[sink], at, 1)
     return arenas, counts
+
+
+def _in_order(plan: Plan) -> list[int]:
+    """Return all buckets, each after those that it waits for, and otherwise backwards."""
+    missing = [0] * len(plan.buckets)
+    followers: dict[int, list[int]] = {}
+    for before, after in {(int(a), int(b)) for a, b in plan.edges}:
+        missing[after] += 1
+        followers.setdefault(before, []).append(after)
+    free = [-bucket for bucket, count in enumerate(missing) if count == 0]
+    heapq.heapify(free)
+    order: list[int] = []
+    while free:
+        order.append(-heapq.heappop(free))
+        for after in followers.get(order[-1], ()):
+            missing[after] -= 1
+            if missing[after] == 0:
+                heapq.heappush(free, -after)
+    assert len(order) == len(plan.buckets), "the buckets wait for each other"
+    return order
+
+
+def _pass_on(plan: Plan, rows: range, arenas: list[Bytes], counts: list[NDArray[np.int64]]) -> None:
+    """Copy from sink to sink, element by element, only what the sender has received."""
+    table, buffers = plan.rows, plan.sink.buffers
+    for row in rows:
+        src, dst = int(table.src_buffer[row]), int(table.dst_buffer[row])
+        assert buffers.dtype[src] == buffers.dtype[dst]
+        ends = []
+        for buffer, offset, stride in (
+            (src, table.src_offset[row], table.src_stride[row]),
+            (dst, table.dst_offset[row], table.dst_stride[row]),
+        ):
+            rank = int(buffers.rank[buffer])
+            arena = Arena(plan.sink, rank)
+            base = int(arena.offset_bytes[arena.buffers.tolist().index(buffer)])
+            item = Dtype(buffers.dtype[buffer]).itemsize
+            at = base + item * _addresses(int(offset), table.n[row].tolist(), stride.tolist())
+            ends.append((rank, at[..., None] + np.arange(item)))
+        (sender, read), (sink, written) = ends
+        assert sender != sink
+        assert (counts[sender][read] == 1).all(), "passed on before it was there"
+        arenas[sink][written] = arenas[sender][read]
+        np.add.at(counts[sink], written, 1)
 
 
 def _sink_bytes(plan: Plan, row: int) -> NDArray[np.int64]:

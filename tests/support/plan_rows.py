@@ -66,6 +66,12 @@ def carry_out(path: Path, shapes: dict[str, tuple[int, ...]]) -> Carried:
             codes = carried.sources[row["source_rank"]][_places(row, "source", dtype.itemsize, num)]
             cast = cast_codes(codes.view(f"u{dtype.itemsize}").reshape(-1), dtype, stored)
             content = np.ascontiguousarray(cast).view(np.uint8).reshape(num, stored.itemsize)
+        elif row["kind"] == "hop":
+            size = _dtype(metadata["sink_dtypes"], row).itemsize
+            at = _places(row, "source", size, row["nbytes"] // size)
+            num = len(at)
+            assert (carried.written[row["source_rank"]][at] == 1).all(), "passed on too early"
+            content = carried.sinks[row["source_rank"]][at]
         else:
             assert row["kind"] == "const"
             num = row["nbytes"] // size

@@ -12,11 +12,12 @@ import pytest
 
 from support.layout_oracle import TINY_MODELS
 from weightsync.errors import LayoutError, PlanError
-from weightsync.ir import Manifest, PlanOptions
-from weightsync.ir.repeat import repeat_ranks
+from weightsync.ir import Manifest, ManifestBuilder, PlanOptions
+from weightsync.ir.repeat import repeat_blocks, repeat_ranks
 from weightsync.planners import rules
 from weightsync.planners.planner import plan_transfer
 from weightsync.planners.rules import VllmLayout
+from weightsync.planners.rules.layout import Block
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
 SMALL = {
@@ -45,8 +46,9 @@ def test_layers_that_are_alike_are_those_that_were_built_one_by_one(
     name: str, degrees: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = rules.vllm(config_of(name), **degrees)
+    found = [tuple(layout.parameters(rank)) for rank in range(layout.world_size)]
     stamped = [layout.manifest(rank) for rank in range(layout.world_size)]
-    monkeypatch.setattr(VllmLayout, "like_layers", lambda self, rank: ())
+    monkeypatch.setattr(VllmLayout, "blocks", lambda self, rank: [Block(found[rank])])
     assert [layout.manifest(rank) for rank in range(layout.world_size)] == stamped
 
 
@@ -120,3 +122,56 @@ def test_labels_are_one_for_each_rank() -> None:
     for labels in ([["a"], ["a"]], [["a", "b"]], [["a"], []]):
         with pytest.raises(LayoutError, match="need as many labels"):
             repeat_ranks(one, labels)
+
+
+def _layer(builder: ManifestBuilder, tensor: str, buffer: str) -> None:
+    builder.tensor(f"{tensor}w", (6, 4))
+    builder.buffer(f"{buffer}w", "BF16", 30)
+    box = {"lo": (1, 0), "n": (5, 2), "step": (1, 2)}
+    builder.piece(f"{tensor}w", f"{buffer}w", **box, offset=3, stride=(5, 1))
+
+
+def test_a_repeated_block_is_as_if_declared_each_time() -> None:
+    block, apart = (ManifestBuilder("source", "source 0") for _ in range(2))
+    _layer(block, "layers.3.", "local.0.")
+    _layer(block, "layers.4.", "local.1.")
+    copies = [(f"layers.{number}.", f"l{number}.") for number in (3, 11)]
+    for prefixes in [*copies, ("layers.4.", "local.1.")]:
+        _layer(apart, *prefixes)
+    stamped = repeat_blocks(block.build(), [(("layers.3.", "local.0."), copies)])
+    assert stamped == apart.build()
+
+
+def test_constants_of_a_block_are_repeated() -> None:
+    block = ManifestBuilder("sink", "sink 0")
+    block.tensor("a.w", (4,))
+    block.buffer("a.w", "BF16", 6)
+    block.place("a.w", "a.w", (4,))
+    block.constant("a.w", 4, (2,), (1,), 0.5)
+    pieces = repeat_blocks(block.build(), [(("a.", "a."), [("a.", "a."), ("b.", "b.")])]).pieces
+    assert list(zip(pieces.tensor.tolist(), pieces.buffer.tolist(), strict=True)) == [
+        (-1, 0),
+        (-1, 1),
+        (0, 0),
+        (1, 1),
+    ]
+
+
+def test_a_block_is_refused_where_names_do_not_fit() -> None:
+    block = ManifestBuilder("source", "source 0")
+    _layer(block, "a.", "b.")
+    with pytest.raises(LayoutError, match="holds a tensor that is not of the part"):
+        repeat_blocks(block.build(), [(("x.", "b."), [("x.", "b."), ("y.", "c.")])])
+    with pytest.raises(LayoutError, match=r"y\.w occurs twice"):
+        repeat_blocks(block.build(), [(("a.", "b."), [("y.", "y."), ("z.", "y.")])])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
+def test_layers_that_are_repeated_are_as_valid_as_those_that_are_not(name: str) -> None:
+    config = {**TINY_MODELS[name], **SMALL, "num_hidden_layers": 6}
+    for layout in (rules.fsdp2(config, fsdp=2, ep=2), rules.vllm(config, tp=2, ep=True)):
+        assert any(block.copies for block in layout.blocks(0))
+        for rank in range(layout.world_size):
+            manifest = layout.manifest(rank)
+            # Validates all of it.
+            assert Manifest.from_bytes(manifest.to_bytes(), ranks=manifest.ranks) == manifest

@@ -30,7 +30,7 @@ KEYS = {
     "schema", "model", "trainer", "rollout", "cluster", "num_tensors", "num_regions", "num_writes",
     "bytes_total", "bytes_per_source", "bytes_per_sink", "plan_seconds", "limits",
     "physical_limit_s", "limiting", "predicted_s", "commit_s", "pause_s", "efficiency",
-    "memory_per_rank", "peak_staging_bytes", "digest",
+    "memory_per_rank", "peak_staging_bytes", "digest", "strategy", "bytes_passed_on",
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_one_line_of_json_with_all_keys(tiny: str) -> None:
     assert done.stdout.count("\n") == 1
     found = json.loads(done.stdout)
     assert set(found) == KEYS
-    assert set(found["limits"]) - {"sender_s"} == LIMITS
+    assert set(found["limits"]) - {"sender_s", "unique_s"} == LIMITS
     assert found["model"] == "tiny"
     assert (found["trainer"]["kind"], found["trainer"]["ranks"]) == ("fsdp2", 3)
     assert (found["rollout"]["replicas"], found["rollout"]["ranks"]) == (2, 2)
@@ -78,6 +78,26 @@ def test_one_line_of_json_with_all_keys(tiny: str) -> None:
     sink = found["memory_per_rank"]["sink"]
     assert sink["weights_bytes"] == sink["in_place_bytes"] < sink["staged_bytes"]
     assert len(found["digest"]) == 64
+
+
+def test_sinks_pass_on_where_it_is_asked_for(tiny: str, tmp_path: Path) -> None:
+    nodes = ("cluster.gpus_per_node=2", "cluster.nics_per_node=2")
+    common = (tiny, "trainer=fsdp8", "rollout=vllm", "rollout.tp=2", "rollout.replicas=2", *nodes)
+    found = {}
+    for way in ("auto", "on", "off"):
+        arguments = (*common, f"rollout.node_dedup={way}", f"rollout.relays={way}", "--json")
+        done = plan(*arguments, "--report", str(tmp_path / "plan.html"))
+        assert done.exit_code == 0, done.output
+        found[way] = json.loads(done.stdout)
+    own = {key: found["auto"][key] for key in ("plan_seconds", "rollout")}
+    assert found["auto"] == found["off"] | own  # so small a model is sent before it is passed on
+    assert [found[way]["strategy"] for way in ("on", "off")] == ["relay", "direct"]
+    assert found["on"]["bytes_passed_on"] > found["off"]["bytes_passed_on"] == 0
+    assert found["on"]["bytes_per_source"]["max"] < found["off"]["bytes_per_source"]["max"]
+    assert found["on"]["bytes_per_sink"] == found["off"]["bytes_per_sink"]
+    done = plan(*common, "rollout.relays=sometimes")
+    assert done.exit_code == 2
+    assert "rollout.relays='sometimes': it is one of auto, on, off" in done.stderr
 
 
 def test_people_get_tables_with_units_and_what_to_change(tiny: str) -> None:
@@ -156,7 +176,7 @@ BASE = ("model=qwen3_0_6b", "trainer=fsdp8", "rollout=vllm")
         ((*BASE, "rollout.ttp=2"), ("'ttp'", "tp, pp, dp, ep", "encoding")),
         ((*BASE, "rolout.tp=2"), ("'rolout'", "rollout, cluster")),
         ((*BASE, "cluster.nic_gbit_per_s.nom=2"), ("nic_gbit_per_s.nominal",)),
-        ((*BASE, "rollout.tp=3"), ("tp=3", "num_attention_heads", "change rollout.tp")),
+        ((*BASE, "rollout.tp=3"), ("tp=3", "num_key_value_heads", "change rollout.tp")),
         ((*BASE, "rollout.encoding=fp9"), ("fp8_block, mxfp4", "change rollout.encoding")),
         ((*BASE, "rollout.replicas=0"), ("replicas", "change rollout.replicas")),
         ((*BASE, "rollout.mode=hot"), ("staged or in_place", "change rollout.mode")),

@@ -152,9 +152,12 @@ def _set(index: Any, value: Any) -> Callable[[Any], None]:
 def test_rows_are_of_the_kinds_that_their_tensors_need() -> None:
     with pytest.raises(PlanError, match="encodes what is to be copied"):
         _with(_plan(), "rows", kind=_set(-1, RowKind.ENCODE)).validate()
-    for kind in (RowKind.MAX, RowKind.HOP):
-        with pytest.raises(PlanError, match=f"kind {kind.name}, which no row of a plan has"):
-            _with(_plan(), "rows", kind=_set(-1, kind)).validate()
+    with pytest.raises(PlanError, match="kind MAX, which no row of a plan has"):
+        _with(_plan(), "rows", kind=_set(-1, RowKind.MAX)).validate()
+    with pytest.raises(PlanError, match="rows of a source and rows that a sink passes on"):
+        _with(_plan(), "rows", kind=_set(-1, RowKind.HOP)).validate()
+    with pytest.raises(PlanError, match="must come after those that sources send"):
+        _with(_plan(), "rows", kind=_set(0, RowKind.HOP)).validate()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_rows_are_of_the_kinds_that_their_tensors_need() -> None:
         ("rows", {"dst_buffer": _set(0, 9)}, "has no sink buffer"),
         ("rows", {"src_buffer": _set(0, -1)}, "has no source buffer"),
         ("rows", {"tensor": _set(0, 5)}, "has no tensor"),
-        ("rows", {"src_offset": _set(0, 1 << 40)}, "leaves its source buffer"),
+        ("rows", {"src_offset": _set(0, 1 << 40)}, "leaves the buffer that it reads"),
         ("rows", {"dst_offset": _set(0, 1 << 40)}, "leaves its sink buffer"),
         ("rows", {"src_stride": _set((0, 0), 3)}, "strides that are not canonical"),
         ("rows", {"chunk": _set(0, 1)}, "another chunk"),
@@ -198,27 +201,77 @@ def test_structure_and_content_are_proved_apart() -> None:
         validate_structure(doubled)
 
 
-def test_edges_must_be_acyclic_and_in_range() -> None:
+def _hop_plan() -> Plan:
+    """Return a plan in which one source serves three sinks of one node, alike."""
+    tensors = {"v": (6,), "w": (9, 4)}
+    sink = _side("sink", tensors, tensors, tensors)
+    options = PlanOptions(ranks_per_node=3, node_dedup="on", bucket_bytes=64)
+    return plan_transfer(_side("source", tensors), sink, options)
+
+
+def test_edges_are_the_buckets_that_hops_read() -> None:
     plan = _plan()
     for edges, words in (
-        ([[0, 1], [1, 0]], "form a cycle"),
-        ([[0, 0]], "joins a row to itself"),
-        ([[0, 99]], "unknown row"),
+        ([[0, 0]], "joins a bucket to itself"),
+        ([[0, 99]], "unknown bucket"),
+        ([[0, 1]], "a bucket wait that is no hop"),
     ):
         with pytest.raises(PlanError, match=words):
             dataclasses.replace(plan, edges=np.array(edges, np.int32)).validate()
-    chained = dataclasses.replace(plan, edges=np.array([[0, 1]], np.int32))
-    chained.validate()
-    assert chained.digest != plan.digest
-    assert Plan.from_bytes(chained.to_bytes()) == chained
-
-
-def test_a_plan_over_its_own_budgets_is_refused() -> None:
-    plan = _plan()
-    for options, words in (
-        (PlanOptions(chunk_bytes=8), "bytes of a chunk"),
-        (PlanOptions(bucket_bytes=8), "bytes of a chunk"),
-        (PlanOptions(max_rows=1), "rows"),
+    plan = _hop_plan()
+    assert plan.num_direct < len(plan.buckets)
+    for edges, words in (
+        (plan.edges[1:], "does not wait for it"),
+        (np.concatenate([plan.edges, [[0, 1]]]), "a bucket wait that is no hop"),
+        (np.concatenate([plan.edges, [[len(plan.buckets) - 1, plan.num_direct]]]), "cycle|others"),
     ):
-        with pytest.raises(PlanBudgetError, match=words):
-            dataclasses.replace(plan, options=options).validate()
+        with pytest.raises(PlanError, match=words):
+            dataclasses.replace(plan, edges=edges.astype(np.int32)).validate()
+    assert Plan.from_bytes(plan.to_bytes()) == plan
+
+
+def test_hops_that_wait_for_each_other_are_refused() -> None:
+    plan = _hop_plan()
+    # Of two neighbours each is told to get from the other what both got from the source.
+    buckets, edges = plan.buckets, plan.edges
+    pairs = {(int(s), int(d)) for s, d in zip(buckets.src_rank, buckets.dst_rank, strict=True)}
+    first = plan.num_direct
+    back = next(
+        b
+        for b in range(first + 1, len(buckets))
+        if (buckets.src_rank[b], buckets.dst_rank[b])
+        == (buckets.dst_rank[first], buckets.src_rank[first])
+    )
+    assert (int(buckets.dst_rank[first]), int(buckets.src_rank[first])) in pairs
+    loop = np.array([[first, back], [back, first]], np.int32)
+    with pytest.raises(PlanError, match="form a cycle"):
+        dataclasses.replace(plan, edges=np.concatenate([edges, loop])).validate()
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (
+            {"src_offset": _set(-1, 0), "dst_offset": _set(-1, 0)},
+            "range of memory|leaves its chunk",
+        ),
+        ({"src_offset": lambda column: column.__setitem__(-1, column[-1] - 1)}, "not wait for it"),
+        ({"src_buffer": _set(-1, 99)}, "has no sink to read from"),
+        ({"src_buffer": lambda column: column.__setitem__(-1, column[-1] - 2)}, "of other ranks"),
+        ({"src_offset": _set(-1, 1 << 40)}, "leaves the buffer that it reads"),
+    ],
+)
+def test_hops_that_pass_on_something_else_are_refused(columns: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        _with(_hop_plan(), "rows", **columns).validate()
+
+
+def test_hops_are_not_packed_and_go_to_others() -> None:
+    plan = _hop_plan()
+    packed = _with(plan, "chunks", is_packed=_set(-1, True))
+    nbytes = int(plan.chunks.nbytes[-1])
+    packed = _with(packed, "buckets", staging_bytes=_set(-1, nbytes))
+    with pytest.raises(PlanError, match="range of memory"):
+        validate_structure(packed)
+    with pytest.raises(PlanError, match="not sorted by sender"):
+        _with(plan, "buckets", src_rank=_set(-1, 0)).validate()

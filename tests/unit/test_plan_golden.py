@@ -11,14 +11,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from support.oracle import moves_exactly
 from weightsync.ir import Manifest, ManifestBuilder, Plan, PlanOptions, Table
+from weightsync.ir.repeat import repeat_ranks
 from weightsync.planners.planner import plan_transfer
 
-_GOLDEN = Path(__file__).parents[1] / "golden" / "small_plan.json"
+_FOLDER = Path(__file__).parents[1] / "golden"
 
 
-def _small_plan() -> Plan:
+def _small_plan(**hops: Any) -> Plan:
     """Two FSDP sources with FP32 masters and a replicated norm; two TP sinks in BF16, padded."""
     sources, sinks = [], []
     for rank in range(2):
@@ -42,8 +45,13 @@ def _small_plan() -> Plan:
         builder.buffer("norm", "BF16", 10)
         builder.place("norm", "norm", (10,))
         sinks.append(builder.build())
-    options = PlanOptions(chunk_bytes=32, bucket_bytes=64, slot_bytes=64, direct_run_bytes=16)
-    return plan_transfer(Manifest.merge("source", sources), Manifest.merge("sink", sinks), options)
+    options = PlanOptions(
+        chunk_bytes=32, bucket_bytes=64, slot_bytes=64, direct_run_bytes=16, **hops
+    )
+    sink = Manifest.merge("sink", sinks)
+    if hops:
+        sink = repeat_ranks(sink, [[f"sink {r}/{rank}" for rank in range(2)] for r in range(2)])
+    return plan_transfer(Manifest.merge("source", sources), sink, options)
 
 
 def _described(plan: Plan) -> dict[str, Any]:
@@ -60,7 +68,7 @@ def _described(plan: Plan) -> dict[str, Any]:
         "buckets": rows(plan.buckets),
         "shares": rows(plan.shares),
         "bound_bytes": plan.shares.bound_bytes,
-    }
+    } | ({"edges": plan.edges.tolist()} if len(plan.edges) else {})
 
 
 def _compact(described: dict[str, Any]) -> str:
@@ -75,13 +83,20 @@ def _compact(described: dict[str, Any]) -> str:
     return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
-def test_the_small_plan_is_the_golden_one() -> None:
-    plan = _small_plan()
+@pytest.mark.parametrize(
+    ("name", "hops"),
+    [
+        ("small_plan", {}),
+        ("small_hop_plan", {"ranks_per_node": 2, "node_dedup": "on", "relays": "on"}),
+    ],
+)
+def test_the_small_plan_is_the_golden_one(name: str, hops: dict[str, Any]) -> None:
+    plan, path = _small_plan(**hops), _FOLDER / f"{name}.json"
     assert moves_exactly(plan)
     described = _described(plan)
     if os.environ.get("UPDATE_GOLDEN") == "1":
-        _GOLDEN.write_text(_compact(described), encoding="ascii")
-    golden = json.loads(_GOLDEN.read_text(encoding="ascii"))
+        path.write_text(_compact(described), encoding="ascii")
+    golden = json.loads(path.read_text(encoding="ascii"))
     for key in ("source", "sink", "shares", "rows", "chunks", "buckets", "digest"):
         assert described[key] == golden[key], key
     assert described == golden

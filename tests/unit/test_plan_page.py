@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import weightsync
+from support.clusters import cluster
 from weightsync.cli import app
 from weightsync.dryrun import PlanReport
 from weightsync.dryrun.page import render_page
@@ -39,12 +40,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def make(*, fsdp: int = 3, tp: int = 2, replicas: int = 2) -> PlanReport:
+def make(*, fsdp: int = 3, tp: int = 2, replicas: int = 2, **hops: Any) -> PlanReport:
     return weightsync.plan(
         model=CONFIG,
         trainer=rules.fsdp2(CONFIG, fsdp=fsdp, dtype="F32"),
         rollout=rules.vllm(CONFIG, tp=tp),
         replicas=replicas,
+        **hops,
     )
 
 
@@ -133,6 +135,32 @@ def test_busy_time_is_the_time_that_was_spent(report: PlanReport) -> None:
         if panel.stage in ("read", "cast", "write", "verify"):  # one bucket at a time
             assert panel.busy.max() <= 1 + 1e-9
     assert {panel.stage for panel in panels(report)} >= {"cast", "write", "wire", "verify"}
+
+
+def test_what_sinks_pass_on_has_a_picture_of_its_own() -> None:
+    where = cluster(
+        gpus_per_node=2, nics_per_node=2, nvlink_gb_per_s={"nominal": 1, "attainable": 1}
+    )
+    report = make(node_dedup="on", relays="on", cluster=where)
+    plan, prediction = report.plan, report.prediction
+    found = {panel.stage: panel for panel in panels(report)}
+    num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
+    for stage, chosen, rank in (
+        ("wire", prediction.source < num_sources, prediction.source),
+        ("pass_on", prediction.source >= num_sources, prediction.source - num_sources),
+        ("receive", ~prediction.is_local, prediction.sink),
+    ):
+        panel = found[stage]
+        step_s = prediction.predicted_s / panel.busy.shape[1]
+        spent = [plan.buckets.nbytes[chosen & (rank == r)].sum() / 1e9 for r in range(num_sinks)]
+        assert panel.busy.sum(axis=1) * step_s == pytest.approx(spent[: len(panel.busy)], rel=1e-6)
+    assert prediction.is_local.any()
+    assert prediction.relay_port_bytes.sum() + prediction.link_bytes.sum() == (
+        plan.bytes_per_forwarder().sum()
+    )
+    text = render_page(report)
+    assert "Rollout NICs: bytes passed on to other nodes" in text
+    assert "pass on: sinks send" in text
 
 
 def test_many_ranks_share_lines(report: PlanReport, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from support.clusters import cluster
-from weightsync.errors import PlanBudgetError, PlanError
+from weightsync.errors import PlanBudgetError
 from weightsync.ir import Manifest, ManifestBuilder, Plan, PlanOptions, RowKind
+from weightsync.ir.repeat import repeat_ranks
 from weightsync.planners.limits import limits_of
 from weightsync.planners.planner import plan_transfer
 from weightsync.planners.predict import STAGES, predict
@@ -42,7 +43,7 @@ def _plan(
     sources: Sequence[Mapping[str, int]],
     sinks: Sequence[Mapping[str, int]],
     dtype: str = "BF16",
-    **options: int,
+    **options: Any,
 ) -> Plan:
     known = {name: size for held in [*sources, *sinks] for name, size in held.items()}
     return plan_transfer(
@@ -117,7 +118,7 @@ def test_staging_for_one_bucket_ends_the_overlap() -> None:
     assert predict(plan, slow).predicted_s == pytest.approx(5 * MS)
     assert predict(plan, slow, staging_bytes=1_000_000).predicted_s == pytest.approx(8 * MS)
     assert predict(plan, slow, staging_bytes=10**9).predicted_s == pytest.approx(5 * MS)
-    assert predict(plan, slow).staging_bytes.tolist() == [2_000_000]
+    assert predict(plan, slow).staging_bytes.tolist() == [8_000_000]
     with pytest.raises(PlanBudgetError, match=r"source 0 needs 1000000 bytes"):
         predict(plan, slow, staging_bytes=999_999)
 
@@ -176,15 +177,16 @@ def test_opening_and_deciding_take_round_trips_messages_and_a_disk() -> None:
     plan = _plan([{"a": MB}], [{"a": MB}, {"a": MB}])
     where = cluster(control_round_trip_s=2.0, control_message_s=0.1, journal_s=5.0)
     found = predict(plan, where)
-    # Publish, Opened, Write of one source; Arm, Armed of two sinks.
-    begin = 2 * 2.0 + 7 * 0.1
+    # Publish and Write of one source; Arm, Armed of two sinks; Opened meanwhile.
+    begin = 2 * 2.0 + 6 * 0.1
     assert armed_s(1, 2, where) == pytest.approx(begin)
     assert found.start_s[0, 0] == pytest.approx(begin)
-    # WritesDone there (1.0), handled with two Expects (0.3), told (1.0), two votes (1.0 + 0.2),
-    # journal (5.0), three members told (0.3), the last on its way (1.0).
-    end = begin + 2 * MS + 9.8
+    # WritesDone there (1.0), handled (0.1), two pairs sorted (0.002), two Expects (0.2), the last
+    # one there (1.0), its vote (1.0 + 0.1), journal (5.0), one source told (0.1), which is on
+    # its way (1.0).
+    end = begin + 2 * MS + 9.502
     assert found.predicted_s == pytest.approx(end)
-    assert found.commit_s == pytest.approx(9.8)
+    assert found.commit_s == pytest.approx(9.502)
     # Two round trips, four messages of two sinks, and a copy of no cost.
     assert found.pause_s == pytest.approx(4.8)
     assert predict(plan, where, mode="in_place").pause_s == pytest.approx(end)
@@ -246,5 +248,54 @@ def test_limits_follow_the_strategy_of_the_plan() -> None:
         before = limits_of(traffic_of(plan, gpus), where)
         assert before.physical_limit_s == pytest.approx(2 * MS)
         assert before.limiting == "sender"
-    with pytest.raises(PlanError, match="HOP"):
-        predict(passed_on, cluster())
+
+
+HALF_NODE = {"gpus_per_node": 2, "nics_per_node": 2}
+
+
+def test_a_node_receives_what_it_shares_once_and_gathers_it_over_its_links() -> None:
+    rules: dict[str, Any] = {"ranks_per_node": 2, "node_dedup": "on", "bucket_bytes": 500_000}
+    plan = _plan([{"a": MB}], [{"a": MB}, {"a": MB}], **rules)
+    assert plan.bytes_per_source().tolist() == [1_000_000]
+    links = {"nominal": 0.25, "attainable": 0.25}
+    # Half a megabyte to each sink, one after the other's turn: the source's NIC is what they share.
+    assert _wire(plan, **HALF_NODE, nvlink_gb_per_s=links) == [
+        (0, 0, pytest.approx(0), pytest.approx(1)),
+        (0, 1, pytest.approx(0), pytest.approx(1)),
+        (1, 1, pytest.approx(1), pytest.approx(3)),  # sink 0 is the first behind one source
+        (2, 0, pytest.approx(1), pytest.approx(3)),
+    ]
+    found = predict(plan, cluster(**HALF_NODE, nvlink_gb_per_s=links))
+    assert found.is_local.tolist() == [False, False, True, True]
+    assert found.link_bytes.tolist() == [500_000, 500_000]
+    assert found.sink_port_bytes.tolist() == [500_000, 500_000]
+    assert found.relay_port_bytes.tolist() == [0, 0]
+
+
+def _replicas(count: int, **options: Any) -> Plan:
+    source = _side("source", [{"a": MB}], "BF16", {"a": MB})
+    sink = _side("sink", [{"a": MB}], "BF16", {"a": MB})
+    sink = repeat_ranks(sink, [[f"sink {i}/0"] for i in range(count)])
+    return plan_transfer(source, sink, PlanOptions(**options))
+
+
+@pytest.mark.parametrize(("is_full_duplex", "after"), [(True, 0.25), (False, 0.25)])
+def test_relays_send_over_the_nics_of_sinks(is_full_duplex: bool, after: float) -> None:
+    plan = _replicas(4, relays="on", bucket_bytes=250_000)
+    found = predict(plan, cluster(is_full_duplex=is_full_duplex))
+    assert found.source_port_bytes.tolist() == [1_000_000]
+    assert found.relay_port_bytes.tolist() == [750_000] * 4
+    assert found.sink_port_bytes.tolist() == [1_000_000] * 4
+    # The source gives each replica a quarter in one millisecond; each then passes its own on to
+    # three while it receives from three.
+    assert found.wire_s >= (1 + after) * MS
+    assert found.predicted_s < predict(_replicas(4), cluster()).predicted_s
+    assert found.predicted_s == pytest.approx(1.75 * MS if is_full_duplex else 2.5 * MS)
+
+
+def test_only_deduplicated_plans_count_the_limits_of_nodes() -> None:
+    where = cluster()
+    plan = _replicas(4, relays="on", bucket_bytes=250_000)
+    limits = limits_of(traffic_of(plan, 1), where)
+    assert (limits.strategy, limits.deduplicates) == ("relay", False)
+    assert {"receiver_s", "receiver_dedup_s"} & limits.counted().keys() == {"receiver_s"}

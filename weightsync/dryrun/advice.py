@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from weightsync.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -17,6 +15,7 @@ __all__ = ["LIMITS", "advice"]
 LIMITS: Final[dict[str, str]] = {
     "receiver": "the busiest sink's NICs take in all that it needs",
     "receiver_dedup": "the same if what GPUs of a node share came in once",
+    "unique": "what all GPUs of a replica need, counted once, over all their NICs",
     "source": "every byte leaves some holder once",
     "sender": "holders send every copy that the plan sends",
     "cut": "the narrowest network between trainers and rollouts",
@@ -71,7 +70,8 @@ def _limiting(report: PlanReport) -> Iterator[str]:
     if name == "receiver" and limits.receiver_s > dedup * _MANY:
         yield (
             "GPUs of one node need much in common. Sent once to each node and passed on inside it, "
-            f"NICs would need {format_seconds(dedup)}; this plan sends it to each GPU."
+            f"NICs would need {format_seconds(dedup)}: rollout.node_dedup=on. This plan sends it "
+            "to each GPU."
         )
 
 
@@ -85,13 +85,13 @@ def _waiting(report: PlanReport) -> Iterator[str]:
             "larger transport.staging_bytes lets more of them run at once."
         )
     if prediction.commit_s > prediction.predicted_s * (_MANY - 1):
-        pairs = int(np.count_nonzero(report.traffic.pair_bytes))
+        ranks = len(report.plan.source.ranks) + len(report.plan.sink.ranks)
         yield (
             f"The decision takes {format_seconds(prediction.commit_s)} of it: the coordinator "
-            f"passes on what each of {pairs:,} pairs of source and sink has sent, at "
+            f"hears and tells {ranks:,} ranks several times, at "
             f"{format_seconds(report.cluster.control_message_s)} a message "
-            "(cluster.control_message_s). Fewer pairs, with shards of both sides cut more alike, "
-            "make it shorter."
+            "(cluster.control_message_s) and "
+            f"{format_seconds(report.cluster.control_round_trip_s)} a round trip."
         )
 
 
@@ -141,7 +141,7 @@ def _source(report: PlanReport) -> str:
 def _sender(report: PlanReport) -> str:
     ways = "more ranks that hold the same (trainer.replicate, trainer.dp) or more trainer NICs"
     if report.rollout["replicas"] > 1:
-        ways += ", fewer replicas at a time, or relays between them"
+        ways += ", fewer replicas at a time, or relays between them (rollout.relays=on)"
     return f"The sinks together need more than its holders can send sooner: {ways}." + _fewer_bytes(
         report
     )
@@ -164,7 +164,10 @@ def _host_memory(report: PlanReport) -> str:
 
 
 def _nvlink(report: PlanReport) -> str:
-    return "What a node shares is passed on inside it, more slowly than NICs could bring it."
+    return (
+        "What a node shares is passed on inside it, more slowly than NICs could bring it: "
+        "rollout.node_dedup=off."
+    )
 
 
 def _encode(report: PlanReport) -> str:
@@ -185,6 +188,7 @@ def _message(report: PlanReport) -> str:
 _WAYS_OUT: Final[dict[str, Callable[[PlanReport], str]]] = {
     "receiver": _receiver,
     "receiver_dedup": _receiver,
+    "unique": _receiver,
     "source": _source,
     "sender": _sender,
     "cut": _cut,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from weightsync.dryrun import page, rows
 from weightsync.dryrun.choices import Values, choose, preset
-from weightsync.dryrun.planning import DryRun, read_model
+from weightsync.dryrun.planning import HOP_KEYS, DryRun, read_model, with_hops
 from weightsync.dryrun.sides import make_layout
 from weightsync.errors import (
     ConfigError,
@@ -70,7 +71,7 @@ def run_plan(command: PlanCommand, console: Console) -> dict[str, Any]:
         page.check_page_target(command.page)
     dry_run = read_choices(choose(command.overrides, command.config_dir))
     stderr = Console(stderr=True)
-    with stderr.status("planning") as status, _overrides_named():
+    with stderr.status("planning") as status, _overrides_named(), uncollected():
         report = dry_run.run(status.update)
         files: tuple[tuple[str, Path | None, Callable[[Path], None]], ...] = (
             ("rows of the plan", command.out, report.write_rows),
@@ -86,6 +87,18 @@ def run_plan(command: PlanCommand, console: Console) -> dict[str, Any]:
         if path is not None:
             stderr.print(f"{what}: {path}", soft_wrap=True, highlight=False)
     return report.to_json()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Let no garbage be looked for: what a plan is made of stays, and looking takes a tenth."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def read_choices(groups: Mapping[str, Values]) -> DryRun:
@@ -108,6 +121,8 @@ def read_choices(groups: Mapping[str, Values]) -> DryRun:
     staging = transport.pop("staging_bytes", None)
     for key in transport:
         raise ConfigError(f"transport.{key}: no such budget")
+    hops = {key: _rule(key, rollout[key]) for key in HOP_KEYS if key in rollout}
+    cluster = Cluster.from_mapping(groups["cluster"], where="cluster")
     sides = [
         make_layout(group, values, config)
         for group, values in (("trainer", trainer), ("rollout", rollout))
@@ -117,9 +132,9 @@ def read_choices(groups: Mapping[str, Values]) -> DryRun:
             model=name,
             trainer=sides[0],
             rollout=sides[1],
-            cluster=Cluster.from_mapping(groups["cluster"], where="cluster"),
+            cluster=cluster,
             replicas=rollout.get("replicas", 1),
-            options=PlanOptions(**options),
+            options=with_hops(PlanOptions(**options), cluster, **hops),
             mode=rollout.get("mode", "staged"),
             is_offloaded=trainer.get("offloaded", False),
             staging_bytes=None if staging is None else _option("staging_bytes", staging),
@@ -131,6 +146,14 @@ def read_choices(groups: Mapping[str, Values]) -> DryRun:
             raise
         group = "trainer" if error.key == "offloaded" else "rollout"
         raise ConfigError(f"{error}; change {group}.{error.key}", **error.context) from error
+
+
+def _rule(key: str, value: Any) -> Any:
+    """Return auto, on or off; YAML reads the last two as booleans."""
+    named = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    if named not in ("auto", "on", "off"):
+        raise ConfigError(f"rollout.{key}={value!r}: it is one of auto, on, off")
+    return named
 
 
 def _option(key: str, value: Any) -> Any:

@@ -112,6 +112,7 @@ def render_page(report: PlanReport) -> str:
         rails=[
             _rails("Trainer NICs: bytes sent", prediction.source_port_bytes, report),
             _rails("Rollout NICs: bytes received", prediction.sink_port_bytes, report),
+            *_relays(report),
         ],
         memory=_memory(report),
     )
@@ -137,6 +138,14 @@ def _limits(report: PlanReport) -> list[dict[str, Any]]:
     ]
     found.sort(key=lambda bar: (not bar["counts"], -bar["nominal"]))
     return [{"predicted": 100 * report.prediction.predicted_s / most, "bars": found}]
+
+
+def _relays(report: PlanReport) -> list[dict[str, Any]]:
+    title, nbytes = (
+        "Rollout NICs: bytes passed on to other nodes",
+        report.prediction.relay_port_bytes,
+    )
+    return [_rails(title, nbytes, report)] if nbytes.any() else []
 
 
 def _rails(title: str, port_bytes: IntArray, report: PlanReport) -> dict[str, Any]:

@@ -12,19 +12,25 @@ from weightsync.dryrun.report import Memory, Mode, PlanReport
 from weightsync.dryrun.sides import SizedLayout, describe, manifest_of
 from weightsync.errors import ConfigError
 from weightsync.ir import Manifest, Plan, PlanOptions
+from weightsync.ir.plan import HopRule
 from weightsync.planners.cluster import Cluster, Quality, Rate
 from weightsync.planners.limits import limits_of
 from weightsync.planners.planner import plan_transfer
 from weightsync.planners.predict import Prediction, predict
 from weightsync.planners.rules import ConfigLike, ModelConfig, canonical_tensors, model_config
 from weightsync.planners.traffic import BucketWork, bucket_work, traffic_of
+from weightsync.units import GB
 
-__all__ = ["DryRun", "plan", "read_cluster", "read_model"]
+__all__ = ["HOP_KEYS", "DryRun", "plan", "read_cluster", "read_model", "with_hops"]
+
+HOP_KEYS: Final = ("node_dedup", "relays")
+"""Keys of the group rollout that are options of the plan."""
 
 _QUALITIES: Final[tuple[Quality, Quality]] = ("nominal", "attainable")
 
 # A second prediction for the share of fixed costs: below a second up to here.
 _MAX_FIXED_BUCKETS: Final = 20_000
+_MOST_RATIO: Final = 1e3  # more is as good
 _FREE: Final = 1e6  # how many times faster than a cluster one is whose bytes cost nothing
 
 
@@ -36,6 +42,8 @@ def plan(
     cluster: Cluster | Mapping[str, Any] | str | Path = "h100_cx7",
     replicas: int = 1,
     options: PlanOptions | None = None,
+    node_dedup: HopRule = "auto",
+    relays: HopRule = "auto",
     mode: Mode = "staged",
     is_offloaded: bool = False,
     staging_bytes: int | None = None,
@@ -51,9 +59,12 @@ def plan(
             `Cluster`.
         replicas: How many equal replicas there are.
         options: Budgets; None takes those of jobs.
+        node_dedup: Whether what the sinks of a node store alike crosses the network once: auto, on
+            or off. Where nodes are, the cluster says.
+        relays: Whether equal replicas pass on to each other.
         mode: Whether versions land beside the live weights or in them.
         is_offloaded: The sources' weights are in host memory.
-        staging_bytes: Budget of each source; None takes two of its largest buckets.
+        staging_bytes: Budget of each source; None takes eight of its largest buckets.
 
     Returns:
         The report; nothing in it was measured but `plan_seconds`.
@@ -66,21 +77,50 @@ def plan(
     Cost: that of the layouts' manifests, then some microseconds a row; no I/O, no torch.
     """
     config, name = read_model(model)
+    where = read_cluster(cluster)
+    chosen = PlanOptions() if options is None else options
     for side, layout in (("trainer", trainer), ("rollout", rollout)):
         _check_layout(side, layout, config)
     return DryRun(
         model=name,
         trainer=trainer,
         rollout=rollout,
-        cluster=read_cluster(cluster),
+        cluster=where,
         replicas=replicas,
-        options=options,
+        options=with_hops(chosen, where, node_dedup, relays),
         mode=mode,
         is_offloaded=is_offloaded,
         staging_bytes=staging_bytes,
         trainer_keys=describe(trainer),
         rollout_keys=describe(rollout),
     ).run()
+
+
+def with_hops(
+    options: PlanOptions, cluster: Cluster, node_dedup: HopRule = "auto", relays: HopRule = "auto"
+) -> PlanOptions:
+    """Return options that let sinks pass on as fits a cluster.
+
+    Args:
+        options: The others.
+        cluster: Says where nodes are, and how much faster than its NIC a sink receives inside one.
+        node_dedup: Whether what a node shares crosses the network once.
+        relays: Whether replicas pass on to each other. Where NICs cannot send and receive at once,
+            the formulas of `weightsync.planners.sharing` do not hold, and "auto" relays nothing.
+
+    Raises:
+        ConfigError: No such rule.
+    """
+    port = cluster.port_bytes_per_s("attainable") * cluster.ports_per_node / cluster.gpus_per_node
+    if relays == "auto" and not cluster.is_full_duplex:
+        relays = "off"
+    return dataclasses.replace(
+        options,
+        ranks_per_node=cluster.gpus_per_node,
+        node_dedup=node_dedup,
+        relays=relays,
+        node_link_ratio=min(cluster.nvlink_gb_per_s.of("attainable") * GB / port, _MOST_RATIO),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,8 @@ class PlanReport:
             "bytes_total": int(plan.buckets.nbytes.sum()),
             "bytes_per_source": _spread(plan.bytes_per_source()),
             "bytes_per_sink": _spread(plan.bytes_per_sink()),
+            "bytes_passed_on": int(plan.bytes_per_forwarder().sum()),
+            "strategy": self.limits.strategy,
             "plan_seconds": self.plan_seconds,
             "limits": self.limits.by_name(),
             "physical_limit_s": self.limits.physical_limit_s,

@@ -19,7 +19,10 @@ KINDS: Final = {"trainer": ("fsdp2", "megatron", "zero3"), "rollout": ("vllm", "
 """Kinds of each group. A kind is the name of a function in `weightsync.planners.rules`."""
 
 # Keys of a group that are no arguments of a rule.
-_OWN_KEYS: Final = {"trainer": ("offloaded",), "rollout": ("replicas", "mode")}
+_OWN_KEYS: Final = {
+    "trainer": ("offloaded",),
+    "rollout": ("replicas", "mode", "node_dedup", "relays"),
+}
 
 
 class SizedLayout(Protocol):

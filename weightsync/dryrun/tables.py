@@ -73,6 +73,9 @@ def _moves(report: PlanReport) -> Table:
     table.add_row("unique bytes", once, "the same, what several sinks need counted once")
     table.add_row("per source", _range(plan.bytes_per_source()), "sent by one trainer rank")
     table.add_row("per sink", _range(plan.bytes_per_sink()), "received by one rollout rank")
+    if plan.num_direct < len(plan.buckets):
+        passed_on = format_bytes(int(plan.bytes_per_forwarder().sum()))
+        table.add_row("passed on", passed_on, "of all bytes: what sinks send to other sinks")
     table.add_row("tensors", f"{len(plan.sink.tensors):,}", "of the checkpoint, scales included")
     table.add_row("regions", f"{plan.num_sent:,}", "strided copies between two ranks' memory")
     table.add_row("writes", f"{len(plan.chunks):,}", "one contiguous range at a sink each")

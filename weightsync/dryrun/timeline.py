@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from weightsync.ir.tables import IntArray
 from weightsync.planners.predict import STAGES
 from weightsync.telemetry.trace import Trace
-from weightsync.units import gb_per_s
+from weightsync.units import GB, gb_per_s
 
 if TYPE_CHECKING:
     from weightsync.dryrun.report import PlanReport
@@ -31,6 +31,7 @@ _TITLES: Final = {
     "write": "write: post one-sided writes",
     "wire": "send: bytes leave over the rank's share of its NICs",
     "receive": "receive: bytes arrive over the rank's share of its NICs",
+    "pass_on": "pass on: sinks send what they received to others, over links of the node or NICs",
     "verify": "verify: digest what arrived",
 }
 
@@ -44,7 +45,7 @@ class Panel:
         title: What happens in it.
         side: "source" or "sink".
         busy: Share of each time step in which each rank (for the wire: of the rate that its port
-            has) was in use, `(ranks, steps)`.
+            or its link has) was in use, `(ranks, steps)`.
     """
 
     stage: str
@@ -58,18 +59,24 @@ def panels(report: PlanReport) -> list[Panel]:
     prediction, plan, cluster = report.prediction, report.plan, report.cluster
     edges = np.linspace(0, max(prediction.predicted_s, 1e-12), _BINS + 1)
     num = {"source": len(plan.source.ranks), "sink": len(plan.sink.ranks)}
-    rank = {"source": prediction.source, "sink": prediction.sink}
+    own = prediction.source < num["source"]
     sharing = cluster.gpus_per_node // cluster.ports_per_node
-    rate = cluster.port_bytes_per_s("attainable") / sharing
+    nic = cluster.port_bytes_per_s("attainable") / sharing
+    rate_of = np.where(prediction.is_local, cluster.nvlink_gb_per_s.of("attainable") * GB, nic)
+    shown = {"receive": ~prediction.is_local, "verify": np.ones(len(own), np.bool_)}
     found = []
     for stage, title in _TITLES.items():
-        number = STAGES.index("wire" if stage == "receive" else stage)
-        side = "sink" if stage in ("receive", "verify") else "source"
-        start, end = prediction.start_s[:, number], prediction.end_s[:, number]
+        on_wire = stage in ("wire", "receive", "pass_on")
+        number = STAGES.index("wire" if on_wire else stage)
+        side = "sink" if stage in ("receive", "verify", "pass_on") else "source"
+        mine = np.flatnonzero(~own if stage == "pass_on" else shown.get(stage, own))
+        rank = prediction.sink if stage in shown else prediction.source
+        first = num["source"] if stage == "pass_on" else 0
+        start, end = prediction.start_s[mine, number], prediction.end_s[mine, number]
         weight = np.ones(len(start))
-        if stage in ("wire", "receive"):
-            weight = plan.buckets.nbytes / np.maximum(end - start, 1e-12) / rate
-        busy = _busy(rank[side], num[side], start, end, weight, edges)
+        if on_wire:
+            weight = plan.buckets.nbytes[mine] / np.maximum(end - start, 1e-12) / rate_of[mine]
+        busy = _busy(rank[mine] - first, num[side], start, end, weight, edges)
         if busy.any():
             found.append(Panel(stage, title, side, busy))
     return found
@@ -108,13 +115,17 @@ def write_trace(report: PlanReport, path: Path) -> None:
     end = prediction.end_s[:, STAGES.index("verify")]
     trace = Trace()
     budget = _MAX_SPANS // 2
-    for side, ranks in (("source", prediction.source), ("sink", prediction.sink)):
-        stages = ("wire", "verify") if side == "sink" else ("read", "cast", "write", "wire")
-        labels = plan.source.ranks if side == "source" else plan.sink.ranks
-        for number in _kept(ranks, end, budget // len(stages), len(labels)):
+    num_sources = len(plan.source.ranks)
+    everyone = [*plan.source.ranks, *plan.sink.ranks]
+    sent = ("read", "cast", "write", "wire")
+    for side, ranks, stages in (
+        ("sender", prediction.source, sent),
+        ("sink", prediction.sink + num_sources, ("wire", "verify")),
+    ):
+        for number in _kept(ranks, end, budget // len(stages), len(everyone)):
             mine = np.flatnonzero(ranks == number)
             for stage in stages:
-                _add_stage(trace, report, f"{labels[number]} (predicted)", stage, side, mine)
+                _add_stage(trace, report, f"{everyone[number]} (predicted)", stage, side, mine)
     trace.write(path)
 
 
@@ -134,10 +145,12 @@ def _add_stage(
     prediction, plan = report.prediction, report.plan
     number = STAGES.index(stage)
     start, end = prediction.start_s[mine, number], prediction.end_s[mine, number]
-    peers = prediction.sink if side == "source" else prediction.source
-    labels = plan.sink.ranks if side == "source" else plan.source.ranks
+    peers = prediction.sink if side == "sender" else prediction.source
+    labels = plan.sink.ranks if side == "sender" else [*plan.source.ranks, *plan.sink.ranks]
     nbytes = plan.buckets.nbytes
-    name = {"wire": "send" if side == "source" else "receive"}.get(stage, stage)
+    name = {"wire": "send" if side == "sender" else "receive"}.get(stage, stage)
+    if side == "sender" and len(mine) and mine[0] >= plan.num_direct:
+        name = f"pass on: {name}"
     lanes: list[float] = []
     for place in np.argsort(start, kind="stable").tolist():
         begin, until = float(start[place]), float(end[place])

@@ -1,7 +1,8 @@
 """Plans: which bytes of which source go where, as tables without addresses.
 
 A plan is rows (strided N-D copies) gathered into chunks (one contiguous destination range, one
-write) gathered into buckets (one source, one sink; staged, tracked and verified together).
+write) gathered into buckets (one sender, one sink; staged, tracked and verified together). Senders
+are sources and, behind all of their buckets, sinks that pass on what they received (hops).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,11 @@ from weightsync.ir.manifest import Manifest
 from weightsync.ir.tables import MAX_DIMS, IntArray, Table, sum_by
 
 __all__ = [
+    "QUEUE_DEPTH",
+    "STAGED_BUCKETS",
     "BucketTable",
     "ChunkTable",
+    "HopRule",
     "MaxTable",
     "Plan",
     "PlanOptions",
@@ -33,6 +37,16 @@ __all__ = [
 ]
 
 MIB: Final = 1 << 20
+
+# Of every source, executed and predicted alike. A source writes to many sinks, each of which may be
+# busy with others for a while: eight buckets on their way keep its NICs busy (docs/plan.md).
+STAGED_BUCKETS: Final = 8
+"""Staging of a source that was given no budget, in its largest buckets."""
+QUEUE_DEPTH: Final = 8
+"""Buckets that may wait before each stage of a source's pipeline."""
+HopRule = Literal["auto", "on", "off"]
+# Rules by which a plan is chosen, no budgets: what they led to is in the rows.
+_RULES: Final = ("ranks_per_node", "node_dedup", "relays", "node_link_ratio")
 
 
 class RowKind(enum.IntEnum):
@@ -50,7 +64,7 @@ class RowKind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Budgets of a plan; part of its digest.
+    """Budgets of a plan, which are part of its digest, and rules for who passes on.
 
     Attributes:
         bucket_bytes: Most bytes of one bucket.
@@ -61,27 +75,44 @@ class PlanOptions:
         slot_bytes: Staging slot of a source: most packed bytes of one bucket.
         max_rows: Refuse plans with more rows than this before making them.
         ignore_extra: Source tensors that no sink wants and that is known.
+        ranks_per_node: Sink ranks of one replica that share a node; they fill nodes in order. 1: no
+            two do.
+        node_dedup: Whether what the sinks of a node store alike crosses the network once: one of
+            them receives it and passes it on. "auto": where the formulas say that it helps.
+        relays: Whether sinks pass on to the same rank of other replicas, if all are equal. "auto":
+            where sources would be slower than the busiest sink.
+        node_link_ratio: How many times as fast as from its NIC a sink receives from its node; what
+            "auto" goes by.
 
     Raises:
         ConfigError: A budget that fits no plan.
     """
 
-    bucket_bytes: int = 64 * MIB
+    bucket_bytes: int = 32 * MIB
     chunk_bytes: int = 4 * MIB
     direct_run_bytes: int = 64 << 10
     max_chunks_per_bucket: int = 4096
     slot_bytes: int = 64 * MIB
     max_rows: int = 50_000_000
     ignore_extra: tuple[str, ...] = ()
+    ranks_per_node: int = 1
+    node_dedup: HopRule = "auto"
+    relays: HopRule = "off"
+    node_link_ratio: float = 8.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ignore_extra", tuple(sorted(set(self.ignore_extra))))
         for name in ("bucket_bytes", "chunk_bytes", "slot_bytes"):
             if not 8 <= getattr(self, name) < 1 << 46:
                 raise ConfigError(f"{name} must hold one element: 8 bytes to 64 TiB")
-        for name in ("direct_run_bytes", "max_chunks_per_bucket", "max_rows"):
+        for name in ("direct_run_bytes", "max_chunks_per_bucket", "max_rows", "ranks_per_node"):
             if not 1 <= getattr(self, name) < 1 << 46:
                 raise ConfigError(f"{name} must be positive")
+        for name in ("node_dedup", "relays"):
+            if getattr(self, name) not in get_args(HopRule):
+                raise ConfigError(f"{name} must be auto, on or off, not {getattr(self, name)!r}")
+        if not 0 < self.node_link_ratio < 1e6:
+            raise ConfigError("node_link_ratio must be positive: a rate over that of a NIC")
 
     @property
     def write_bytes(self) -> int:
@@ -139,16 +170,17 @@ class Shares(Table):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowTable(Table):
-    """Strided copies, sorted by chunk and destination; CONST rows come last.
+    """Strided copies, sorted by chunk and destination; HOP rows, then CONST rows, come last.
 
-    In an ENCODE row counts and sink strides are in elements of the codes or scales that the sink
-    stores; source offset and strides lead from where the values of one begin to those of the next.
+    In a HOP row the source side is the memory of the sink that passes it on. In an ENCODE row
+    counts and sink strides are in elements of the codes or scales that the sink stores; source
+    offset and strides lead from where the values of one begin to those of the next.
 
     Attributes:
         kind: `RowKind`.
         chunk: Chunk of the row; -1 for CONST rows, which the sink does by itself.
         tensor: Index into the SINK manifest's tensors; -1 for CONST rows.
-        src_buffer: Source buffer; -1 for CONST rows.
+        src_buffer: Source buffer; in HOP rows the sink buffer that is read; -1 for CONST rows.
         dst_buffer: Sink buffer.
         src_offset: First source element; for CONST rows the sink's piece, which has the fill.
         dst_offset: First sink element.
@@ -191,7 +223,8 @@ class ChunkTable(Table):
         dst_offset: Arena bytes of the sink rank.
         nbytes: Length.
         is_packed: Rows are gathered into staging, laid out like the destination, then written.
-            Otherwise the chunk is one row, contiguous on both sides, written from source memory.
+            Otherwise the chunk is one row, contiguous on both sides, written from source memory; of
+            HOP rows there may be several, which lie side by side alike on both sides.
         row_lo, row_hi: Rows of the chunk.
     """
 
@@ -216,10 +249,11 @@ class ChunkTable(Table):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BucketTable(Table):
-    """Groups of chunks of one source for one sink, sorted by source in the order of sending.
+    """Groups of chunks of one sender for one sink, sorted by sender in the order of sending.
 
     Attributes:
-        src_rank, dst_rank: Indices into the ranks of the two manifests.
+        src_rank, dst_rank: Indices into the ranks of the two manifests; of hops, which come last,
+            both into the sink's.
         chunk_lo, chunk_hi: Chunks of the bucket.
         nbytes: Bytes on the wire.
         staging_bytes: Bytes of the packed chunks.
@@ -276,7 +310,7 @@ class MaxTable(Table):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EdgeTable(Table):
-    """Dependencies between rows: `pair[:, 1]` waits for `pair[:, 0]`."""
+    """Dependencies between buckets: `pair[:, 1]` waits for `pair[:, 0]`."""
 
     pair: NDArray[np.int32]
 
@@ -294,7 +328,8 @@ class Plan:
         source, sink: The merged manifests that the row indices refer to.
         rows, chunks, buckets: The tables.
         maxima: Cells that sources share.
-        edges: `(E, 2)` int32 pairs of rows (before, after); empty until rows of kind HOP exist.
+        edges: `(E, 2)` int32 pairs of buckets (before, after): which complete buckets of a sink
+            each of its hops reads.
         shares: How holders of the same elements were chosen.
         options: Budgets that the plan keeps.
     """
@@ -333,7 +368,13 @@ class Plan:
 
     def bytes_per_source(self) -> IntArray:
         """Return the bytes that each source rank sends, `(source ranks,)`."""
-        return sum_by(self.buckets.src_rank, self.buckets.nbytes, len(self.source.ranks))
+        own = slice(self.num_direct)
+        return sum_by(self.buckets.src_rank[own], self.buckets.nbytes[own], len(self.source.ranks))
+
+    def bytes_per_forwarder(self) -> IntArray:
+        """Return the bytes that each sink rank passes on, `(sink ranks,)`."""
+        hops = slice(self.num_direct, None)
+        return sum_by(self.buckets.src_rank[hops], self.buckets.nbytes[hops], len(self.sink.ranks))
 
     def bytes_per_sink(self) -> IntArray:
         """Return the bytes that each sink rank receives, `(sink ranks,)`."""
@@ -341,8 +382,20 @@ class Plan:
 
     def program(self, src_rank: int) -> IntArray:
         """Return the buckets that a source rank sends, in order."""
-        first, last = np.searchsorted(self.buckets.src_rank, [src_rank, src_rank + 1])
+        sent = self.buckets.src_rank[: self.num_direct]
+        first, last = np.searchsorted(sent, [src_rank, src_rank + 1])
         return np.arange(first, last)
+
+    def hops(self, sink_rank: int) -> IntArray:
+        """Return the buckets that a sink rank passes on, in the order that is expected."""
+        passed_on = self.buckets.src_rank[self.num_direct :]
+        first, last = np.searchsorted(passed_on, [sink_rank, sink_rank + 1])
+        return self.num_direct + np.arange(first, last)
+
+    def sender_number(self, bucket: int) -> int:
+        """Return who sends a bucket: a source rank, or the number of sources plus a sink rank."""
+        is_hop = bucket >= self.num_direct
+        return int(self.buckets.src_rank[bucket]) + is_hop * len(self.source.ranks)
 
     def inbound(self, dst_rank: int) -> IntArray:
         """Return the buckets that a sink rank receives, ascending; the position is its slot."""
@@ -356,8 +409,19 @@ class Plan:
 
     @property
     def num_sent(self) -> int:
-        """Rows that sources send; those behind are CONST, which sinks do by themselves."""
+        """Rows that are sent; those behind are CONST, which sinks do by themselves."""
         return int(self.chunks.row_hi[-1]) if len(self.chunks) else 0
+
+    @functools.cached_property
+    def num_direct_rows(self) -> int:
+        """Rows that sources send; HOP rows follow."""
+        return int(np.count_nonzero(self.rows.kind[: self.num_sent] != RowKind.HOP))
+
+    @functools.cached_property
+    def num_direct(self) -> int:
+        """Buckets that sources send; those behind are hops, which sinks send."""
+        chunks = np.searchsorted(self.chunks.row_lo, self.num_direct_rows)
+        return int(np.searchsorted(self.buckets.chunk_lo, chunks))
 
     @functools.cached_property
     def encoded(self) -> Encoded:
@@ -382,12 +446,20 @@ class Plan:
         from weightsync.ir import validate, validate_replicas  # import this module
 
         proven = self
-        if self.sink.repeats is not None:
+        if self.sink.repeats is not None and not self._has_relays():
             validate.check_nesting(self)
             validate.check_constants(self)
             proven = validate_replicas.first_replica(self, *self.sink.repeats)
         validate.validate_structure(proven)
         validate.validate_content(proven)
+
+    def _has_relays(self) -> bool:
+        """Whether replicas pass on to each other, so that they are not alike."""
+        assert self.sink.repeats is not None
+        size = len(self.sink.repeats[0].ranks)
+        hops = slice(self.num_direct, None)
+        src, dst = self.buckets.src_rank[hops], self.buckets.dst_rank[hops]
+        return bool((src // size != dst // size).any())
 
     def to_bytes(self) -> bytes:
         """Return the plan with both manifests as bytes, for goldens and tests.
@@ -439,10 +511,16 @@ class Plan:
     def _header(self) -> dict[str, Any]:
         return {
             "manifests": [self.source.digest, self.sink.digest],
-            "options": dataclasses.asdict(self.options),
+            "options": _budgets(self.options),
             "bound_bytes": self.shares.bound_bytes,
         }
 
     def _tables(self) -> tuple[Table, ...]:
         edges = EdgeTable(self.edges)
         return (self.rows, self.chunks, self.buckets, self.maxima, edges, self.shares)
+
+
+def _budgets(options: PlanOptions) -> dict[str, Any]:
+    """Options as a plan stores them."""
+    values = dataclasses.asdict(options)
+    return {name: value for name, value in values.items() if name not in _RULES}

@@ -6,47 +6,53 @@ is cheap. A model of sixty layers costs what two of them do.
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 
-from weightsync.errors import InternalError, LayoutError
+from weightsync.errors import LayoutError
 from weightsync.ir.manifest import BufferTable, Manifest, TensorTable
 from weightsync.ir.pieces import CONSTANT, PieceTable, sorted_pieces
 from weightsync.ir.recipes import EncodingTable
 from weightsync.ir.tables import IntArray, expand, starts_of
 
-__all__ = ["repeat_layers", "repeat_ranks"]
+__all__ = ["find_replicas", "repeat_blocks", "repeat_ranks"]
 
-_LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+Prefixes = tuple[str, str]
 
 
-def repeat_layers(manifest: Manifest, groups: Sequence[Sequence[int]]) -> Manifest:
-    """Return a manifest with layers added that are like one that it has.
+def repeat_blocks(
+    manifest: Manifest, blocks: Sequence[tuple[Prefixes, Sequence[Prefixes]]]
+) -> Manifest:
+    """Return a manifest in which parts stand several times, under other names.
+
+    Layers of a model are alike: one is described, the others are copies of it.
 
     Args:
-        manifest: Of one rank. The number of a layer stands behind `layers.` in the names of its
-            tensors and buffers.
-        groups: Layers that differ in their number only; the first of each is in the manifest.
+        manifest: Of one rank.
+        blocks: How the names of a part's tensors begin, and those of its buffers; and what they
+            begin with instead, each time. No beginning is that of another part's names.
 
     Returns:
-        The manifest with all layers of the groups, validated.
+        The manifest with all parts. Valid because `manifest` is: a part lies in buffers of its own.
+
+    Raises:
+        LayoutError: A buffer of a part holds a tensor that is not of the part, or a name occurs
+            twice.
 
     Cost: a sort of the names and the pieces.
     """
-    like = {group[0]: group for group in groups if len(group) > 1}
-    if not like:
+    if not blocks:
         return manifest
-    tensors = _Names(manifest.tensors.names, like)
-    buffers = _Names(manifest.buffers.names, like)
+    tensors = _Names(manifest.tensors.names, [(old[0], [p[0] for p in new]) for old, new in blocks])
+    buffers = _Names(manifest.buffers.names, [(old[1], [p[1] for p in new]) for old, new in blocks])
     pieces = manifest.pieces
     owner, copy = expand(buffers.count[pieces.buffer])
     template = pieces.take(owner)
     is_constant = template.tensor == CONSTANT
-    if (tensors.count[template.tensor] != buffers.count[template.buffer])[~is_constant].any():
-        raise InternalError("a layer's buffer holds a tensor that is not of the layer")
+    if (tensors.block[template.tensor] != buffers.block[template.buffer])[~is_constant].any():
+        raise LayoutError("a buffer of a repeated part holds a tensor that is not of the part")
     columns = {name: getattr(template, name) for name in PieceTable.COLUMNS}
     number = tensors.number[np.where(is_constant, 0, tensors.start[template.tensor] + copy)]
     columns["tensor"] = np.where(is_constant, CONSTANT, number).astype(np.int32)
@@ -58,9 +64,10 @@ def repeat_layers(manifest: Manifest, groups: Sequence[Sequence[int]]) -> Manife
         for name in ("values", "codes", "scales")
     }
     order = np.argsort(encoded["codes"])
-    return Manifest(
+    return Manifest.trusted(
         side=manifest.side,
         ranks=manifest.ranks,
+        repeats=None,
         tensors=TensorTable(
             tensors.names,
             manifest.tensors.shape[tensors.template],
@@ -104,7 +111,7 @@ def repeat_ranks(manifest: Manifest, labels: Sequence[Sequence[str]]) -> Manifes
         for column in [getattr(pieces, name)]
     }
     shift = np.repeat(np.arange(count, dtype=np.int32) * len(buffers), len(pieces))
-    columns["buffer"] += shift
+    columns["buffer"] = columns["buffer"] + shift
     # By tensor, then buffer: replicas follow one another inside each tensor.
     order = np.argsort(columns["tensor"], kind="stable")
     rank = np.arange(count, dtype=np.int32)[:, None] * len(manifest.ranks) + buffers.rank
@@ -124,33 +131,75 @@ def repeat_ranks(manifest: Manifest, labels: Sequence[Sequence[str]]) -> Manifes
     )
 
 
+def find_replicas(sink: Manifest) -> Manifest:
+    """Return a manifest that knows its replicas, if they are equal; else the same.
+
+    A replica is the ranks whose labels are alike up to the last `/`, one after the other.
+
+    Args:
+        sink: Merged manifest.
+
+    Cost: a few passes over the piece columns.
+    """
+    names = [label.rpartition("/")[0] for label in sink.ranks]
+    count = len(set(names))
+    size = len(names) // max(count, 1)
+    blocks = [names[first : first + size] for first in range(0, len(names), max(size, 1))]
+    is_even = len(blocks) == count and all(len(set(block)) == 1 for block in blocks)
+    if sink.repeats is not None or count < 2 or not is_even:
+        return sink
+    buffers, pieces = sink.buffers, sink.pieces
+    num = int(np.searchsorted(buffers.rank, size))
+    base = Manifest.trusted(
+        side=sink.side,
+        ranks=sink.ranks[:size],
+        tensors=sink.tensors,
+        buffers=BufferTable(
+            buffers.names[:num], buffers.rank[:num], buffers.dtype[:num], buffers.numel[:num]
+        ),
+        pieces=pieces.take(pieces.buffer < num),
+        encodings=sink.encodings,
+        repeats=None,
+    )
+    labels = [sink.ranks[first : first + size] for first in range(0, len(names), size)]
+    found = repeat_ranks(base, labels)
+    is_equal = found.buffers.names == buffers.names and len(found.pieces) == len(pieces)
+    for mine, theirs in ((found.buffers, buffers), (found.pieces, pieces)):
+        for name in type(mine).COLUMNS:
+            is_equal = is_equal and np.array_equal(getattr(mine, name), getattr(theirs, name))
+    return found if is_equal else sink
+
+
 class _Names:
-    """Names with those of the added layers, and where each came from.
+    """Names with those of the copies, and where each came from.
 
     Attributes:
         names: All, sorted.
         template: For each its number before.
-        count: Copies of each name from before, in the order of the layers.
+        block: Block of each name from before; -1 for none.
+        count: Copies of each name from before, in the order of the new beginnings.
         start: Where the copies of each begin in `number`.
         number: Number of each copy among `names`.
     """
 
-    def __init__(self, names: Sequence[str], like: dict[int, Sequence[int]]) -> None:
+    def __init__(self, names: Sequence[str], blocks: Sequence[tuple[str, Sequence[str]]]) -> None:
         made: list[str] = []
-        count: list[int] = []
+        block: list[int] = []
         for name in names:
-            match = _LAYER.search(name)
-            layers = like.get(int(match[1])) if match else None
-            if match is None or layers is None:
+            number = next((b for b, (old, _) in enumerate(blocks) if name.startswith(old)), -1)
+            block.append(number)
+            if number < 0:
                 made.append(name)
-                count.append(1)
-                continue
-            before, after = name[: match.start(1)], name[match.end(1) :]
-            made += [f"{before}{layer}{after}" for layer in layers]
-            count.append(len(layers))
+            else:
+                old, new = blocks[number]
+                made += [begin + name[len(old) :] for begin in new]
         order = np.array(sorted(range(len(made)), key=made.__getitem__), np.int64)
         self.names = tuple([made[i] for i in order.tolist()])
-        self.count = np.array(count, np.int64)
+        if len(set(made)) < len(made):
+            twice = next(a for a, b in itertools.pairwise(self.names) if a == b)
+            raise LayoutError(f"{twice} occurs twice, as parts are repeated")
+        self.block = np.array(block, np.int64)
+        self.count = np.array([len(new) for _, new in blocks] + [1])[self.block]
         self.start: IntArray = starts_of(self.count)
         self.number = np.empty(len(made), np.int64)
         self.number[order] = np.arange(len(made))

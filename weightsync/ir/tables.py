@@ -99,7 +99,7 @@ def front_pad(values: Sequence[Sequence[int]], fill: int) -> IntArray:
     Raises:
         LayoutError: A tuple is longer than MAX_DIMS.
     """
-    if any(len(v) > MAX_DIMS for v in values):
+    if max(map(len, values), default=0) > MAX_DIMS:
         raise LayoutError(f"more than {MAX_DIMS} dims: {next(v for v in values if len(v) > 4)}")
     pads = tuple((fill,) * k for k in range(MAX_DIMS, -1, -1))
     flat = [(*pads[len(v)], *v) for v in values]

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from weightsync.errors import CoverageError, PlanBudgetError, PlanError
 from weightsync.ir.cover import covers_once
 from weightsync.ir.dtypes import CAST_TABLE
 from weightsync.ir.encoded import made_rows
+from weightsync.ir.hops import check_hops
 from weightsync.ir.locate import BLOCK_ROWS, Locator
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import CONSTANT, hull_elements
@@ -27,8 +26,8 @@ from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, any_di
 __all__ = ["check_constants", "check_nesting", "validate_content", "validate_structure"]
 
 
-# Others are planned elsewhere (MAX) or not yet (HOP).
-_KINDS = (RowKind.COPY, RowKind.CONST, RowKind.ENCODE)
+# MAX rows have a table of their own.
+_KINDS = (RowKind.COPY, RowKind.CONST, RowKind.ENCODE, RowKind.HOP)
 
 
 def validate_structure(plan: Plan) -> None:
@@ -46,7 +45,7 @@ def validate_structure(plan: Plan) -> None:
     _check_budgets(plan)
     check_constants(plan)
     _check_maxima(plan)
-    _check_edges(plan)
+    check_hops(plan)
     _check_cover(plan)
 
 
@@ -59,19 +58,21 @@ def validate_content(plan: Plan) -> None:
         PlanError: A row lies in no piece of its tensor, or the two sides disagree.
     """
     rows = plan.rows
-    copies = plan.num_sent
+    own, copies = plan.num_direct_rows, plan.num_sent
     src, dst = Locator(plan.encoded.source, with_tensor=True), Locator(plan.sink, with_tensor=True)
-    for first in range(0, copies, BLOCK_ROWS):
-        at = slice(first, min(first + BLOCK_ROWS, copies))
+    blocks = [(src, first, own) for first in range(0, own, BLOCK_ROWS)]
+    blocks += [(dst, first, copies) for first in range(own, copies, BLOCK_ROWS)]
+    for sender, first, end in blocks:
+        at = slice(first, min(first + BLOCK_ROWS, end))
         tensor, n = rows.tensor[at], rows.n[at]
-        src_piece, src_lo, src_step = src.locate(
+        src_piece, src_lo, src_step = sender.locate(
             rows.src_buffer[at],
-            plan.tensor_in_source[tensor],
+            tensor if sender is dst else plan.tensor_in_source[tensor],
             rows.src_offset[at],
             n,
             rows.src_stride[at],
         )
-        _refuse(plan, src_piece < 0, "reads what no piece of its source holds", first)
+        _refuse(plan, src_piece < 0, "reads what no piece of its sender holds", first)
         dst_piece, dst_lo, dst_step = dst.locate(
             rows.dst_buffer[at], tensor, rows.dst_offset[at], n, rows.dst_stride[at]
         )
@@ -86,9 +87,10 @@ def _refuse(plan: Plan, bad: BoolArray, fault: str, first: int = 0) -> None:
         rows = plan.rows
         tensor, src, dst = (int(c[row]) for c in (rows.tensor, rows.src_buffer, rows.dst_buffer))
         name = plan.sink.tensors.names[tensor] if 0 <= tensor < len(plan.sink.tensors) else None
+        sender = plan.sink if rows.kind[row] == RowKind.HOP else plan.source
         labels = [
             side.ranks[int(side.buffers.rank[b])] if 0 <= b < len(side.buffers) else None
-            for side, b in ((plan.source, src), (plan.sink, dst))
+            for side, b in ((sender, src), (plan.sink, dst))
         ]
         raise PlanError(
             f"row {row} ({name or 'constant'}, {labels[0] or 'no source'} to "
@@ -112,9 +114,14 @@ def _check_rows(plan: Plan) -> None:
     copy = rows.kind != RowKind.CONST
     if (copy[1:] & ~copy[:-1]).any():
         raise PlanError("rows that the sink does by itself (CONST) must come after all others")
+    is_hop = rows.kind == RowKind.HOP
+    if (is_hop[:-1] & copy[1:] & ~is_hop[1:]).any():
+        raise PlanError("rows that sinks pass on (HOP) must come after those that sources send")
+    own = copy & ~is_hop
     _refuse(plan, any_dim(rows.n < 1), "has no elements")
     _refuse(plan, _outside(rows.dst_buffer, len(sink.buffers)), "has no sink buffer")
-    _refuse(plan, copy & _outside(rows.src_buffer, len(source.buffers)), "has no source buffer")
+    _refuse(plan, own & _outside(rows.src_buffer, len(source.buffers)), "has no source buffer")
+    _refuse(plan, is_hop & _outside(rows.src_buffer, len(sink.buffers)), "has no sink to read from")
     _refuse(plan, copy & _outside(rows.tensor, len(sink.tensors)), "has no tensor")
     _refuse(plan, ~copy & ((rows.tensor != CONSTANT) | (rows.src_buffer != -1)), "is no constant")
     single = (rows.n == 1) & ((rows.src_stride != 0) | (rows.dst_stride != 0))
@@ -125,15 +132,15 @@ def _check_rows(plan: Plan) -> None:
         _leaves(rows.dst_offset, rows.n, rows.dst_stride, rows.dst_buffer, sink),
         "leaves its sink buffer",
     )
-    if not copy.any():
+    for at, side in (own, source), (is_hop, sink):
+        buffer, n, stride = rows.src_buffer[at], rows.n[at], rows.src_stride[at]
+        bad = np.zeros(len(rows), np.bool_)
+        bad[at] = _leaves(rows.src_offset[at], n, stride, buffer, side)
+        _refuse(plan, bad, "leaves the buffer that it reads")
+    if not own.any():
         return
-    at = slice(0, int(np.count_nonzero(copy)))
-    src_buffer, n, stride = rows.src_buffer[at], rows.n[at], rows.src_stride[at]
-    _refuse(
-        plan,
-        _leaves(rows.src_offset[at], n, stride, src_buffer, source),
-        "leaves its source buffer",
-    )
+    at = slice(0, int(np.count_nonzero(own)))
+    src_buffer = rows.src_buffer[at]
     absent = plan.tensor_in_source[rows.tensor[at]] < 0
     _refuse(plan, absent, "is of a tensor that the source lacks")
     made = made_rows(plan.encoded, sink, rows.tensor[at], rows.dst_buffer[at])
@@ -173,15 +180,23 @@ def check_nesting(plan: Plan) -> None:
 def _check_ranks(plan: Plan) -> None:
     """Check that buckets are sorted by source, and hold rows of their own ranks only."""
     rows, chunks, buckets = plan.rows, plan.chunks, plan.buckets
-    copies = plan.num_sent
-    known = ~_outside(buckets.src_rank, len(plan.source.ranks))
-    known &= ~_outside(buckets.dst_rank, len(plan.sink.ranks))
-    if not known.all() or (np.diff(buckets.src_rank) < 0).any():
-        raise PlanError("a bucket has an unknown rank, or buckets are not sorted by source")
+    copies, own, direct = plan.num_sent, plan.num_direct_rows, plan.num_direct
+    first = np.append(chunks.row_lo[buckets.chunk_lo], copies)[direct]
+    if first != own:
+        raise PlanError("a bucket has rows of a source and rows that a sink passes on")
+    known = ~_outside(buckets.dst_rank, len(plan.sink.ranks))
+    for part, side in (slice(direct), plan.source), (slice(direct, None), plan.sink):
+        senders = buckets.src_rank[part]
+        known[part] &= ~_outside(senders, len(side.ranks))
+        known[:1] &= not (np.diff(senders) < 0).any()
+    if not known.all():
+        raise PlanError("a bucket has an unknown rank, or buckets are not sorted by sender")
     row_bucket = chunks.bucket[rows.chunk[:copies]]
-    wrong_source = (
-        plan.source.buffers.rank[rows.src_buffer[:copies]] != buckets.src_rank[row_bucket]
+    src_buffer = rows.src_buffer[:copies]
+    src_rank = np.concatenate(
+        [plan.source.buffers.rank[src_buffer[:own]], plan.sink.buffers.rank[src_buffer[own:]]]
     )
+    wrong_source = src_rank != buckets.src_rank[row_bucket]
     wrong_sink = plan.sink.buffers.rank[rows.dst_buffer[:copies]] != buckets.dst_rank[row_bucket]
     _refuse(plan, wrong_source | wrong_sink, "is in a bucket of other ranks")
 
@@ -206,12 +221,14 @@ def _check_chunks(plan: Plan) -> None:
         raise PlanError(
             f"chunk {short[0]} is {chunks.nbytes[short[0]]} bytes but its rows {nbytes[short[0]]}"
         )
-    direct = ~chunks.is_packed[chunk]
-    straight = all_dims(src_stride == dst_stride)
-    straight &= hull_elements(n, dst_stride) == volume_of(n)
-    same = plan.source.buffers.dtype[rows.src_buffer[:copies]] == sink.buffers.dtype[buffer]
-    same &= rows.kind[:copies] == RowKind.COPY
+    own = slice(plan.num_direct_rows)
+    direct = ~chunks.is_packed[chunk[own]]
+    straight = all_dims(src_stride[own] == dst_stride[own])
+    straight &= hull_elements(n[own], dst_stride[own]) == volume_of(n[own])
+    same = plan.source.buffers.dtype[rows.src_buffer[own]] == sink.buffers.dtype[buffer[own]]
+    same &= rows.kind[own] == RowKind.COPY
     _refuse(plan, direct & ~(straight & same), "is not contiguous on both sides, yet not packed")
+    chunk = chunk[own]
     alone = (chunks.row_hi - chunks.row_lo == 1)[chunk]
     _refuse(plan, direct & ~alone, "shares a chunk that is not packed")
 
@@ -274,23 +291,6 @@ def _check_maxima(plan: Plan) -> None:
     inside &= ~any_dim((table.lo < 0) | (table.n < 1) | (table.step < 1) | beyond)
     for row in np.flatnonzero(~inside)[:1]:
         raise PlanError(f"row {row} of the maxima names an unknown source, or cells that are none")
-
-
-def _check_edges(plan: Plan) -> None:
-    """Check that the edges are in range and form no cycle."""
-    edges = plan.edges
-    if not len(edges):
-        return
-    if _outside(edges, len(plan.rows)).any() or (edges[:, 0] == edges[:, 1]).any():
-        raise PlanError("an edge names an unknown row or joins a row to itself")
-    names, compact = np.unique(edges, return_inverse=True)
-    pairs = compact.reshape(edges.shape)
-    graph = coo_array(
-        (np.ones(len(edges), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(len(names), len(names))
-    )
-    num_components, _ = connected_components(graph.tocsr(), directed=True, connection="strong")
-    if num_components != len(names):
-        raise PlanError("the edges form a cycle: no order of rows satisfies them")
 
 
 def _check_cover(plan: Plan) -> None:

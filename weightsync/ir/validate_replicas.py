@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weightsync.errors import PlanError
 from weightsync.ir.manifest import Manifest
-from weightsync.ir.plan import BucketTable, ChunkTable, Plan, RowTable
+from weightsync.ir.plan import BucketTable, ChunkTable, Plan, RowKind, RowTable
 from weightsync.ir.tables import IntArray, Table, expand, starts_of
 
 __all__ = ["first_replica"]
 
-_ROWS = tuple(name for name in RowTable.COLUMNS if name not in ("chunk", "dst_buffer"))
+_SHIFTED = ("chunk", "src_buffer", "dst_buffer")
+_ROWS = tuple(name for name in RowTable.COLUMNS if name not in _SHIFTED)
 
 
 def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
@@ -34,28 +36,38 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
     """
     buckets, chunks, rows = plan.buckets, plan.chunks, plan.rows
     replica, local = np.divmod(buckets.dst_rank, len(base.ranks))
-    # Stable: what a source sends to a sink keeps its order.
-    order = np.lexsort((local, buckets.src_rank, replica))
+    is_hop = np.arange(len(buckets)) >= plan.num_direct
+    sender = buckets.src_rank - np.where(is_hop, replica * len(base.ranks), 0)
+    # In one order for all; that of sending may differ between hops of two replicas.
+    place = chunks.dst_offset[buckets.chunk_lo]
+    order = np.lexsort((place, local, sender, is_hop, replica))
     of_replica = _equal_parts(order, np.bincount(replica, minlength=count))
     first = of_replica[0]
     chunk_ids = [_members(buckets.chunk_lo, buckets.chunk_hi, ids) for ids in of_replica]
     row_ids = [_members(chunks.row_lo, chunks.row_hi, ids) for ids in chunk_ids]
     base_chunks = chunks.take(chunk_ids[0])
     base_rows = rows.take(row_ids[0])
+    base_edges = _edges_of(plan, first)
+    passed_on = base_rows.kind == RowKind.HOP
     for number in range(1, count):
         others = of_replica[number], chunk_ids[number], row_ids[number]
         shift = number * len(base.buffers)
-        alike = _alike(buckets, others[0], buckets.take(first), ("src_rank", "nbytes"))
-        alike &= bool((local[others[0]] == local[first]).all())
+        alike = _alike(buckets, others[0], buckets.take(first), ("nbytes",))
+        alike &= np.array_equal(_edges_of(plan, others[0]), base_edges)
+        for column in (local, sender, is_hop):
+            alike &= bool((column[others[0]] == column[first]).all())
         names = ("number", "dst_offset", "nbytes", "is_packed")
         alike = alike and _alike(chunks, others[1], base_chunks, names)
         alike = alike and _alike(rows, others[2], base_rows, _ROWS)
-        if not alike or (rows.dst_buffer[others[2]] != base_rows.dst_buffer + shift).any():
+        for name, moved in (("src_buffer", passed_on * shift), ("dst_buffer", shift)):
+            wanted = getattr(base_rows, name) + moved
+            alike = alike and np.array_equal(getattr(rows, name)[others[2]], wanted)
+        if not alike:
             raise PlanError(
                 f"the plan writes replica {number} otherwise than replica 0, though both hold the "
                 "same layout; the plan was changed or is a bug of the planner"
             )
-    # In the order of the whole, which is sorted by source.
+    # In the order of the whole, which is sorted by sender, hops last.
     chunks_of = buckets.chunk_hi[first] - buckets.chunk_lo[first]
     rows_of = base_chunks.row_hi - base_chunks.row_lo
     bucket, _ = expand(chunks_of)
@@ -86,9 +98,19 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
             row_hi=row_start[1:],
         ),
         rows=RowTable.concat([sent, _with_pieces_of(fixed, plan.sink, base)]),
+        edges=base_edges,
     )
     vars(proven)["encoded"] = plan.encoded  # the cached property: of the same tensors
     return proven
+
+
+def _edges_of(plan: Plan, ids: IntArray) -> NDArray[np.int32]:
+    """Edges between some buckets, which are named by their place in `ids`; sorted."""
+    place = np.full(len(plan.buckets), -1, np.int32)
+    place[ids] = np.arange(len(ids))
+    edges = place[plan.edges]
+    edges = edges[(edges >= 0).any(axis=1)]
+    return edges[np.lexsort((edges[:, 0], edges[:, 1]))]
 
 
 def _equal_parts(order: IntArray, counts: IntArray) -> list[IntArray]:

@@ -1,26 +1,27 @@
-"""The source's side of one version: read shard -> cast -> write -> complete.
+"""The sender's side of one version: read shard -> cast -> write -> complete.
 
 Each stage is a thread with a bounded queue; a bucket is the unit. The cast stage packs, casts
 and digests in one pass over memory: straight into the sink's memory where that is mapped here,
 else into staging, which is never larger than its budget. What needs no packing is then written
-straight from the weights.
+straight from the weights. Sinks that pass on what they received send in the same way, in the order
+in which buckets come (`weightsync.runtime.forwarder`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from weightsync import failpoints
 from weightsync.encodings import kernels
 from weightsync.encodings.digest import digest_add
-from weightsync.errors import PeerLostError, TransferTimeoutError, WeightSyncError
+from weightsync.errors import PeerLostError, TransferError, TransferTimeoutError, WeightSyncError
 from weightsync.ir.dtypes import ITEMSIZE
+from weightsync.ir.plan import QUEUE_DEPTH
 from weightsync.runtime.pipeline import Pipeline, Stage, StageTime
 from weightsync.runtime.program import BucketProgram
 from weightsync.runtime.staging import StagingPool
@@ -30,13 +31,12 @@ __all__ = ["Executor", "Outcome"]
 
 Int64 = npt.NDArray[np.int64]
 
-_DEPTH = 2  # one bucket being worked on, one waiting: enough to overlap, little to hold
 _POLL_S = 0.05  # how often a waiting stage looks for a cancel
 
 
 @dataclass
 class Outcome:
-    """What became of one version on one source.
+    """What became of one version on one sender.
 
     Args:
         digests: Per sink index, one uint64 per bucket in slot order, for the sinks that were
@@ -65,7 +65,7 @@ class _Job:
 
 @dataclass
 class Executor:
-    """Runs one source's program against the sinks it is connected to.
+    """Runs one sender's program against the sinks it is connected to.
 
     Args:
         programs: Buckets in sending order.
@@ -75,6 +75,7 @@ class Executor:
         staging_address: Registered memory of `pool.capacity_bytes` bytes.
         pool: Accounts for that memory.
         threads: Threads of the pack and digest kernels.
+        on_bucket: Called at the beginning of each bucket.
     """
 
     programs: list[BucketProgram]
@@ -84,6 +85,7 @@ class Executor:
     staging_address: int
     pool: StagingPool
     threads: int = 1
+    on_bucket: Callable[[], None] = lambda: None
     _forgotten: set[int] = field(default_factory=set)
 
     def forget(self, sinks: set[int]) -> None:
@@ -91,15 +93,22 @@ class Executor:
         self._forgotten |= sinks
 
     def run(
-        self, version: int, bases: Int64, *, deadline: float, cancel: threading.Event
+        self,
+        version: int,
+        bases: Int64,
+        *,
+        deadline: float,
+        cancel: threading.Event,
+        ready: Iterable[BucketProgram] | None = None,
     ) -> Outcome | None:
         """Write one version; blocks until every write is locally complete.
 
         Args:
             version: Chooses the slots by its parity.
-            bases: Address of every source buffer, by buffer index of the plan.
+            bases: Address of every buffer of the sender, by buffer index of the plan.
             deadline: `time.monotonic()` value.
             cancel: Ends the run early; returns None once nothing reads the weights any more.
+            ready: Yields all of `programs`, each when it may be sent; None: at once, in order.
 
         Raises:
             TransferTimeoutError: The deadline passed; names the sink that was waited for.
@@ -109,7 +118,7 @@ class Executor:
         finished: list[_Job] = []
 
         def read(job: _Job) -> None:
-            failpoints.hit("source.writing")
+            self.on_bucket()
             program = job.program
             job.is_lost = program.sink in self._forgotten | lost
             if not job.is_lost and self.remotes[program.sink].address is None:
@@ -178,8 +187,8 @@ class Executor:
             Stage("write", write),
             Stage("complete", complete),
         ]
-        pipeline: Pipeline[_Job] = Pipeline(stages, depth=_DEPTH, abandon=self._abandon)
-        jobs = (_Job(program) for program in self.programs)
+        pipeline: Pipeline[_Job] = Pipeline(stages, depth=QUEUE_DEPTH, abandon=self._abandon)
+        jobs = (_Job(program) for program in (self.programs if ready is None else ready))
         if not pipeline.run(jobs, deadline=deadline, cancel=cancel):
             return None
         lost |= self._forgotten
@@ -219,6 +228,10 @@ class Executor:
                         f"bucket {job.program.bucket} to sink {sink} was not taken in time",
                         peer=sink,
                     ) from None
+            except TransferError:
+                # Closed here, for an earlier bucket to a sink that was forgotten?
+                if sink not in lost:
+                    raise
             job.operation = None
             return True
 

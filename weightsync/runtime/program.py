@@ -24,6 +24,7 @@ __all__ = [
     "InboundBucket",
     "chunk_bits",
     "constants",
+    "hop_program",
     "inbound_buckets",
     "source_program",
 ]
@@ -40,7 +41,7 @@ def chunk_bits(plan: Plan) -> int:
 
 @dataclass(frozen=True)
 class BucketProgram:
-    """What a source does for one bucket: R rows of C chunks.
+    """What a sender, a source or a sink that passes on, does for one bucket: R rows of C chunks.
 
     Args:
         bucket: Number in the plan.
@@ -48,12 +49,13 @@ class BucketProgram:
         slot: Index of the bucket among those that the sink receives (before parity).
         nbytes: Payload.
         staging_bytes: Staging that the packed chunks take.
-        chunks: (C, 5) int64: source buffer or -1 for staging, offset in bytes in it, arena
+        after: Slots of the sender that must be complete before (of a sink; a source has none).
+        chunks: (C, 5) int64: sender's buffer or -1 for staging, offset in bytes in it, arena
             offset, bytes, chunk number.
         copy: (R, 16) int64 `pack` table; source addresses relative to `buffer`, destination
             addresses relative to the arena.
-        buffer: (R,) int64, source buffer of the plan.
-        keys: (R, 9) int64 digest keys: seed, lo, step, by the source's own layout.
+        buffer: (R,) int64, sender's buffer, by its index in the plan.
+        keys: (R, 9) int64 digest keys: seed, lo, step, by the sender's own layout.
         packed: (R,) bool, whether the row goes through staging on fabrics that need it.
         staged_at: (R,) int64, what turns an arena offset into one in the staging part.
     """
@@ -63,6 +65,7 @@ class BucketProgram:
     slot: int
     nbytes: int
     staging_bytes: int
+    after: tuple[int, ...]
     chunks: Int64
     copy: Int64
     buffer: Int64
@@ -77,7 +80,7 @@ class InboundBucket:
 
     Args:
         bucket: Number in the plan.
-        source: Rank of the source.
+        source: Who sends it: a source rank, or the number of sources plus a sink that passes it on.
         slot: Index among the sink's buckets (before parity).
         num_chunks: Arrivals that complete it.
         digest: (R, 19) int64 `digest` table; addresses relative to the arena.
@@ -110,15 +113,30 @@ def source_program(plan: Plan, source: int) -> list[BucketProgram]:
 
     Cost: O(rows of the source); numpy only.
     """
+    return _program(plan, plan.program(source), plan.source)
+
+
+def hop_program(plan: Plan, sink: int) -> list[BucketProgram]:
+    """The buckets that one sink rank passes on, in the order in which they are expected.
+
+    Raises:
+        PlanError: A row reads memory that no tensor of this rank's manifest lies in.
+
+    Cost: O(rows that it passes on); numpy only.
+    """
+    return _program(plan, plan.hops(sink), plan.sink)
+
+
+def _program(plan: Plan, bucket_ids: Int64, sender: Manifest) -> list[BucketProgram]:
     chunks, buckets = plan.chunks, plan.buckets
-    bucket_ids = plan.program(source)
     if len(bucket_ids) == 0:
         return []
     slots = _slots(plan)
+    after = _after(plan, bucket_ids, slots)
     chunk = _ranges(buckets.chunk_lo[bucket_ids], buckets.chunk_hi[bucket_ids])
     is_packed = chunks.is_packed[chunk]
     origin = plan.rows.src_buffer[chunks.row_lo[chunk]].astype(np.int64)
-    item = ITEMSIZE[plan.source.buffers.dtype[origin]]
+    item = ITEMSIZE[sender.buffers.dtype[origin]]
     origin_at = plan.rows.src_offset[chunks.row_lo[chunk]] * item
     # Packed chunks of a bucket follow each other in its staging part, without gaps: the plan has
     # promised that they fit.
@@ -140,15 +158,16 @@ def source_program(plan: Plan, source: int) -> list[BucketProgram]:
     num_rows = chunks.row_hi[chunk] - chunks.row_lo[chunk]
     chunk_of = np.repeat(np.arange(len(chunk)), num_rows)
     first_row = np.concatenate([[0], np.cumsum(num_rows)])[first_chunk]
-    src, copy = plan.rows.src_buffer[row].astype(np.int64), _copy_table(plan, row)
+    src, copy = plan.rows.src_buffer[row].astype(np.int64), _copy_table(plan, row, sender)
+    # Which of several tensors that share memory (aliases) the plan reads; a sink has none.
+    tensor = plan.tensor_in_source[plan.rows.tensor[row]] if sender is plan.source else None
     keys = _keys(
-        plan.source,
+        sender,
         src,
         plan.rows.src_offset[row],
         plan.rows.n[row],
         plan.rows.src_stride[row],
-        # Which of several tensors that share memory (aliases) the plan reads.
-        tensor=plan.tensor_in_source[plan.rows.tensor[row]],
+        tensor=tensor,
     )
     row_shift = (staged_at - chunks.dst_offset[chunk])[chunk_of]
     row_packed = is_packed[chunk_of]
@@ -163,6 +182,7 @@ def source_program(plan: Plan, source: int) -> list[BucketProgram]:
                 slot=int(slots[bucket]),
                 nbytes=int(buckets.nbytes[bucket]),
                 staging_bytes=int(before[index + 1] - before[index]),
+                after=after.get(bucket, ()),
                 chunks=chunk_table[of_chunks],
                 copy=copy[of_rows],
                 buffer=src[of_rows],
@@ -205,7 +225,7 @@ def inbound_buckets(plan: Plan, sink: int) -> list[InboundBucket]:
         found.append(
             InboundBucket(
                 bucket=bucket,
-                source=int(buckets.src_rank[bucket]),
+                source=plan.sender_number(bucket),
                 slot=slot,
                 num_chunks=int(buckets.chunk_hi[bucket] - buckets.chunk_lo[bucket]),
                 digest=digest[of_rows],
@@ -233,10 +253,10 @@ def constants(plan: Plan, sink: int) -> Constants:
     return Constants(table, np.array([fill_code(Dtype(d), v) for d, v in fills], np.uint64))
 
 
-def _copy_table(plan: Plan, row: Int64) -> Int64:
+def _copy_table(plan: Plan, row: Int64, sender: Manifest) -> Int64:
     rows = plan.rows
     src, dst = rows.src_buffer[row], rows.dst_buffer[row]
-    src_dtype, dst_dtype = plan.source.buffers.dtype[src], plan.sink.buffers.dtype[dst]
+    src_dtype, dst_dtype = sender.buffers.dtype[src], plan.sink.buffers.dtype[dst]
     src_item, dst_item = ITEMSIZE[src_dtype], ITEMSIZE[dst_dtype]
     return _table(
         rows.src_offset[row] * src_item,
@@ -300,3 +320,11 @@ def _slots(plan: Plan) -> Int64:
         inbound = plan.inbound(sink)
         slots[inbound] = np.arange(len(inbound))
     return slots
+
+
+def _after(plan: Plan, bucket_ids: Int64, slots: Int64) -> dict[int, tuple[int, ...]]:
+    """For each of some buckets the slots, at their sender, that it waits for."""
+    found: dict[int, tuple[int, ...]] = {}
+    for before, after in plan.edges[np.isin(plan.edges[:, 1], bucket_ids)].tolist():
+        found[after] = (*found.get(after, ()), int(slots[before]))
+    return found

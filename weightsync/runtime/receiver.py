@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from weightsync.errors import IntegrityError, InternalError, PlanBudgetError, Tr
 from weightsync.ir import Arena
 from weightsync.ir.dtypes import ITEMSIZE, Dtype
 from weightsync.ir.plan import Plan
+from weightsync.runtime.forwarder import Arrivals
 from weightsync.runtime.program import InboundBucket, chunk_bits, constants, inbound_buckets
 from weightsync.transport.base import Engine, Lease, Memory, Target
 
@@ -59,10 +61,10 @@ class Receiver:
     ) -> None:
         self.mode = mode
         self._install = install
-        self._fabric = fabric
+        self.fabric = fabric
         self._live = live
         self._owner = live_owner
-        self._threads = threads
+        self.threads = threads
         self._memory: Memory | None = None
         self._leases: list[Lease] = []
         self._target: Target | None = None
@@ -71,6 +73,7 @@ class Receiver:
         self._filled: dict[int, int] = {}  # digests of the last complete version, by slot
         self._live_digests: dict[int, int] | None = None  # in place: of what may be served
         self.buckets: list[InboundBucket] = []
+        self.arrivals = Arrivals()  # of the open version, for those who pass it on
         self.verify_s = 0.0  # digests of the last version
 
     def bind(self, plan: Plan, sink: int) -> bytes:
@@ -98,7 +101,7 @@ class Receiver:
         else:
             if not self._leases:
                 self._leases = [
-                    self._fabric.register(int(address), int(size), self._owner)
+                    self.fabric.register(int(address), int(size), self._owner)
                     for address, size in zip(self._live, self._sizes, strict=True)
                 ]
             for offset, lease, size in zip(
@@ -107,7 +110,7 @@ class Receiver:
                 ranges.append((int(offset), lease, 0, int(size)))
         counts = np.array([b.num_chunks for b in self.buckets], np.int32)
         self._generation += 1
-        self._target = self._fabric.export(
+        self._target = self.fabric.export(
             ranges, np.concatenate([counts, counts]), chunk_bits(plan), self._generation
         )
         self._used_parities = set()
@@ -131,7 +134,7 @@ class Receiver:
 
         Args:
             version: Its parity chooses the slots.
-            expected: Digests of one source's buckets to this sink, or None while not known.
+            expected: Digests of one sender's buckets to this sink, or None while not known.
             deadline: `time.monotonic()` value.
             cancel: Ends the wait early; returns None.
 
@@ -148,21 +151,27 @@ class Receiver:
         waiting = {base + bucket.slot: bucket for bucket in self.buckets}
         found: dict[int, int] = {}
         self.verify_s = 0.0
-        while waiting:
-            done = [slot for slot in target.poll(_POLL_S) if slot in waiting]
-            if not done:
+        arrived: deque[InboundBucket] = deque()
+        while waiting or arrived:
+            # While there is something to digest it looks, but does not wait: others may wait for
+            # what this sink passes on.
+            done = target.poll(0.0 if arrived else _POLL_S) if waiting else []
+            done = [slot for slot in done if slot in waiting]
+            if done:
+                target.flush()  # arrived is not visible
+                arrived += [waiting.pop(slot) for slot in done]
+                self.arrivals.add([slot - base for slot in done])
+            if not arrived:
                 if cancel.is_set():
                     return None
                 if time.monotonic() >= deadline:
                     self._raise_missing(target, waiting)
                 continue
-            target.flush()  # arrived is not visible
-            for slot in done:
-                bucket = waiting.pop(slot)
-                failpoints.hit("sink.filling")
-                began = time.monotonic()
-                found[bucket.slot] = self._digest(bucket)
-                self.verify_s += time.monotonic() - began
+            bucket = arrived.popleft()
+            failpoints.hit("sink.filling")
+            began = time.monotonic()
+            found[bucket.slot] = self._digest(bucket)
+            self.verify_s += time.monotonic() - began
         if not self._constants_hold():
             raise IntegrityError(
                 f"padding of {self.plan.sink.ranks[self.sink]} was overwritten", rank=self.sink
@@ -185,12 +194,20 @@ class Receiver:
         """Make the slots of `version` empty; the version that used them before is closed."""
         if self.mode == "in_place" and self._live_digests is None:
             self._live_digests = self._digest_all()
+        self.arrivals.clear()
         parity = version % 2
         if parity in self._used_parities:
             assert self._target is not None
             first = parity * self.num_slots
             self._target.reset(np.arange(first, first + self.num_slots, dtype=np.int32))
         self._used_parities.add(parity)
+
+    def bases(self) -> Int64:
+        """Address of every sink buffer of the plan, for passing on; those of other ranks are 0."""
+        bases = np.zeros(len(self.plan.sink.buffers), np.int64)
+        offsets = self._arena.offset_bytes.reshape(-1, 1)
+        bases[self._arena.buffers] = self._bases(offsets)
+        return bases
 
     def is_untouched(self) -> bool:
         """Whether live weights still are what they were when the slots were opened.
@@ -222,7 +239,7 @@ class Receiver:
         table[:, 7] = self._sizes
         table[:, 11] = 1
         table[:, 15] = 1
-        kernels.pack(table[self._sizes > 0], self._threads)
+        kernels.pack(table[self._sizes > 0], self.threads)
 
     def fence(self) -> None:
         """After this no write that is on its way can change memory that is used again."""
@@ -246,10 +263,10 @@ class Receiver:
             self._memory = None
         if self._memory is None:
             _require_memory(size)
-            self._memory = self._fabric.allocate(size)
+            self._memory = self.fabric.allocate(size)
             table = self._constants.table.copy()
             table[:, 0] += self._memory.address
-            kernels.fill(table, self._constants.codes, self._threads)
+            kernels.fill(table, self._constants.codes, self.threads)
         return self._memory
 
     def _bases(self, table: Int64) -> Int64:
@@ -264,7 +281,7 @@ class Receiver:
         table = bucket.digest.copy()
         table[:, 0] = self._bases(table)
         group = np.zeros(len(table), np.int32)
-        return int(kernels.digest(table, group, 1, self._threads)[0])
+        return int(kernels.digest(table, group, 1, self.threads)[0])
 
     def _compare(
         self,
@@ -301,7 +318,7 @@ class Receiver:
     def _constants_hold(self) -> bool:
         table = self._constants.table.copy()
         table[:, 0] = self._bases(table)
-        return kernels.check_fill(table, self._constants.codes, self._threads) < 0
+        return kernels.check_fill(table, self._constants.codes, self.threads) < 0
 
     def _raise_missing(self, target: Target, waiting: dict[int, InboundBucket]) -> None:
         texts = []
