@@ -52,6 +52,21 @@ def test_every_role_at_every_stage(zygote: Zygote) -> None:
     assert decisions["abort"] >= 0.3 * len(results), decisions
 
 
+@pytest.mark.timeout(300)
+def test_sinks_that_pass_on_over_a_network_are_struck(zygote: Zygote) -> None:
+    faults = [
+        Fault("sink", "forwarding", action, mode, "tcp")
+        for action in ACTIONS
+        for mode in ("staged", "in_place")
+    ]
+    results = _run_all(zygote, [(fault, seed) for seed in range(ROUNDS) for fault in faults])
+    broken = [f"{r.fault.name}: {r.violations}" for r in results if r.violations]
+    assert not broken, "\n".join(broken)
+    assert all(r.was_hit for r in results)
+    # The rank owed nothing to the other replica, which goes on alone.
+    assert {(r.decision, r.why) for r in results} == {("commit", "1 replica(s)")}
+
+
 # double_count needs deliveries that repeat: tests/fault/test_sim_schedules.py finds that one.
 FOUND_BY = {
     "no_fence": [Fault("source", "writing", "stop")],

@@ -43,6 +43,38 @@ def test_no_schedule_mixes_versions() -> None:
         RESULTS.write_text(_table(faults, decisions, happened))
 
 
+@pytest.mark.timeout(1800)
+def test_no_schedule_mixes_versions_where_sinks_pass_on() -> None:
+    faults: Counter[str] = Counter()
+    happened: Counter[str] = Counter()
+    before = live_object_count()
+    for seed in range(300) if IS_LONG else range(25):
+        run = SimRun(seed, hops=True)
+        assert len(run.forwarders) == len(run.sinks)
+        result = run.execute()
+        del run
+        gc.collect()
+        assert live_object_count() <= before, f"seed {seed} left {live_objects()}"
+        assert not result.violations, f"seed {seed}: {result.faults}: {result.violations}"
+        faults.update(result.faults)
+        happened.update(result.happened)
+    assert set(faults) == set(FAULTS)
+    for kind in ("reordered", "duplicated", "dropped", "late_landed", "held", "forwarder_frozen"):
+        assert happened[kind] > 0, kind
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("bug", ["no_fence", "digest_skipped"])
+def test_a_planted_bug_is_found_where_sinks_pass_on(
+    bug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bugs.plant(bug, monkeypatch.setattr)
+    for seed in range(40):
+        if SimRun(seed, bug, hops=True).execute().violations:
+            return
+    pytest.fail(f"{bug} was not found by 40 schedules")
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("bug", bugs.BUGS)
 def test_a_planted_bug_is_found_by_the_same_schedules(

@@ -9,9 +9,20 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.core import CoordinatorCore
-from weightsync.service.core_types import CoreOptions, Disconnect, Log, MakePlan, Persist, Send
+from weightsync.service.core_types import (
+    WIRE_VERSION,
+    CoreOptions,
+    Disconnect,
+    Log,
+    MakePlan,
+    Persist,
+    Send,
+)
+from weightsync.service.digests import pack_digests
 
 
 @dataclass
@@ -47,7 +58,10 @@ class Fleet:
         min_replicas: int = 1,
         lease_s: float = 10.0,
         plan_problem: str = "",
+        hops: dict[str, list[str]] | None = None,
     ) -> None:
+        """`hops` says which sinks pass on, and to whom, by label."""
+        self.hops = hops if hops is not None else {}
         self.options = CoreOptions(min_replicas=min_replicas, lease_s=lease_s)
         self.plan_problem = plan_problem
         self.now = 0.0
@@ -192,7 +206,7 @@ class Fleet:
     # ---- the members ----
 
     def _add(self, hello: pb.Hello) -> None:
-        hello.wire_version = 1
+        hello.wire_version = WIRE_VERSION
         hello.generation = hello.generation if hello.generation else 1
         side = "source" if hello.role == pb.SOURCE else f"sink {hello.replica}/"
         label = f"source {hello.rank}" if side == "source" else f"{side}{hello.rank}"
@@ -255,8 +269,17 @@ class Fleet:
                 problem = None
                 if self.plan_problem:
                     problem = pb.Problem(error=self.plan_problem, message="planted")
+                index = {label: i for i, (label, _) in enumerate(action.sinks)}
+                hops = {
+                    index[label]: {index[other] for other in others if other in index}
+                    for label, others in self.hops.items()
+                    if label in index
+                }
+                self.sink_index = index
                 self._perform(
-                    self.core.planned(self.now, action.epoch, digest="d", problem=problem)
+                    self.core.planned(
+                        self.now, action.epoch, digest="d", hops=hops, problem=problem
+                    )
                 )
             else:
                 assert isinstance(action, Disconnect)
@@ -285,10 +308,18 @@ class Fleet:
         elif kind == "arm":
             actor.state, actor.version = pb.FILLING, message.arm.version
             self._say(actor, "armed", armed=pb.Armed(version=message.arm.version))
+            if actor.label in self.hops:
+                sinks = [self.sink_index[other] for other in self.hops[actor.label]]
+                digests = pack_digests({sink: np.array([7], np.uint64) for sink in sinks})
+                done = pb.WritesDone(version=message.arm.version, digests=digests)
+                self._say(actor, "forward", writes_done=done)
+        elif kind == "expect":
             problem = None
             if actor.vote_problem:
                 problem = pb.Problem(error=actor.vote_problem, message="planted")
-            vote = pb.Vote(version=message.arm.version, prepared=problem is None, problem=problem)
+            vote = pb.Vote(
+                version=message.expect.version, prepared=problem is None, problem=problem
+            )
             if actor.stalled_at != "armed":
                 self._say(actor, "vote", vote=vote)
         elif kind == "write":

@@ -41,7 +41,7 @@ class ThreadsModel:
         *,
         ack_s: float,
         begin_s: float,
-        depth: int = 2,
+        depth: int,
     ) -> None:
         self.now = begin_s
         self._capacity, self._ack_s, self._depth = capacity, ack_s, depth

@@ -6,6 +6,7 @@ import pytest
 
 from support.fleet import Fleet
 from weightsync.service import weightsync_pb2 as pb
+from weightsync.service.digests import unpack_digests
 
 
 def test_a_version_goes_from_publish_to_adopted() -> None:
@@ -133,6 +134,16 @@ def test_versions_only_grow() -> None:
     assert fleet.problem("source 0") == "StaleVersionError"
     fleet.publish_all()
     assert fleet.decisions == [(7, True), (8, True)]
+
+
+def test_digests_that_contradict_themselves_abort_the_version() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2})
+    fleet.stall("source 0", at="write")
+    fleet.publish_all()
+    digests = pb.Digests(peers=bytes(4), counts=bytes(8))
+    fleet.say("source 0", writes_done=pb.WritesDone(version=1, digests=digests))
+    assert fleet.decisions == [(1, False)]
+    assert "source 0: digests of 1 peers" in fleet.outcomes("source 0")[0][2]
 
 
 def test_a_second_process_with_the_same_rank_is_refused() -> None:
@@ -274,3 +285,66 @@ def test_a_rank_known_torn_by_its_heartbeat_tears_a_replica_that_applies() -> No
     fleet.publish_all()
     fleet.refit_all()
     assert fleet.serving() == {"a": 2}
+
+
+def _relay() -> Fleet:
+    """Replica a passes on to replica b."""
+    return Fleet(sources=1, replicas={"a": 1, "b": 1}, hops={"sink a/0": ["sink b/0"]}, lease_s=1e9)
+
+
+def test_sinks_that_pass_on_connect_and_report_like_sources() -> None:
+    fleet = _relay()
+    assert "exports" in fleet.kinds("sink a/0")
+    assert "exports" not in fleet.kinds("sink b/0")
+    fleet.publish_all()
+    assert fleet.decisions == [(1, True)]
+    [expect] = [m.expect for m in fleet.actors["sink b/0"].received if m.HasField("expect")]
+    found = {number: d.tolist() for number, d in unpack_digests(expect.digests).items()}
+    assert found == {1: [7]}  # behind the one source
+
+
+def test_nothing_is_written_before_they_are_connected() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1}, hops={"sink a/0": ["sink b/0", "sink b/1"]})
+    fleet.stall("sink a/0", at="connect")
+    for rank in range(2):
+        fleet._add(pb.Hello(role=pb.SINK, replica="b", rank=rank, world_size=2))
+    fleet.run()
+    fleet.publish_all()
+    assert "opened" not in fleet.kinds("source 0")
+    fleet.resume("sink a/0")
+    assert fleet.decisions == [(1, True)]
+
+
+def test_a_sink_lost_before_it_passed_on_aborts_like_a_source() -> None:
+    fleet = _relay()
+    fleet.stall("sink a/0", at="forward")
+    fleet.stall("sink b/0", at="vote")
+    fleet.publish_all()
+    fleet.kill("sink a/0")
+    assert fleet.decisions == [(1, False)]
+    assert "sink a/0 was lost" in fleet.outcomes("source 0")[0][2]
+    fleet.resume("sink b/0")
+    fleet.publish_all()  # with the replica that is left
+    assert fleet.decisions[-1] == (2, True)
+
+
+def test_a_sink_lost_after_it_passed_on_takes_its_replica_out_only() -> None:
+    fleet = _relay()
+    fleet.stall("sink a/0", at="vote")
+    fleet.stall("sink b/0", at="vote")
+    fleet.publish_all()
+    fleet.kill("sink a/0")
+    assert fleet.decisions == []
+    fleet.resume("sink b/0")
+    assert fleet.decisions == [(1, True)]
+
+
+def test_sinks_that_pass_on_forget_those_that_are_lost() -> None:
+    fleet = _relay()
+    fleet.stall("sink a/0", at="forward")
+    fleet.stall("sink b/0", at="vote")
+    fleet.publish_all()
+    fleet.kill("sink b/0")
+    forgotten = [m.forget for m in fleet.actors["sink a/0"].received if m.HasField("forget")]
+    assert [list(m.sinks) for m in forgotten] == [[1]]
+    assert fleet.decisions == [(1, True)]

@@ -231,6 +231,7 @@ class Coordinator:
                 digest=planned.plan.digest,
                 shares=planned.shares,
                 options_json=planned.options_json,
+                hops=planned.hops,
             )
         self._perform(actions)
 

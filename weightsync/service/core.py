@@ -8,6 +8,8 @@ a model of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.core_types import (
     Action,
@@ -24,6 +26,8 @@ from weightsync.service.core_types import (
     Send,
     adopted_by,
 )
+from weightsync.service.core_types import problem as _problem
+from weightsync.service.digests import digests_fault
 
 __all__ = ["CoordinatorCore"]
 
@@ -80,8 +84,9 @@ class CoordinatorCore:
     def planned(
         self, now: float, epoch: int, *, digest: str = "", shares: bytes = b"",
         options_json: str = "", problem: pb.Problem | None = None,
+        hops: Mapping[int, Iterable[int]] | None = None,
     ) -> list[Action]:  # fmt: skip
-        """The answer to MakePlan: a plan, or why there is none."""
+        """The answer to MakePlan: a plan, and which sinks pass on to whom; or why there is none."""
         self._now = now
         binding = self._binding
         if binding is None or binding.epoch != epoch:
@@ -90,6 +95,7 @@ class CoordinatorCore:
             self._fail_binding(problem)
             return self._finish()
         binding.plan_digest = digest
+        binding.set_hops(hops or {})
         sources = [self._manifest(i) for i in binding.sources]
         sinks = [self._manifest(i) for i in binding.sinks]
         for side in (binding.sinks, binding.sources):
@@ -301,7 +307,7 @@ class CoordinatorCore:
             binding.descriptors[member.id] = message.export_descriptor
         if binding.ready == self._bound_ids():
             descriptors = [binding.descriptors.get(i, b"") for i in binding.sinks]
-            for member_id in binding.sources:
+            for member_id in binding.writers:
                 self._send(
                     member_id, exports=pb.Exports(epoch=binding.epoch, descriptors=descriptors)
                 )
@@ -316,7 +322,7 @@ class CoordinatorCore:
         if binding is None or message.epoch != binding.epoch:
             return
         binding.connected.add(member.id)
-        if binding.connected == set(binding.sources) and not binding.is_bound:
+        if binding.connected == set(binding.writers) and not binding.is_bound:
             binding.is_bound = True
             for member_id in self._bound_ids():
                 self._send(member_id, bound=pb.Bound(epoch=binding.epoch))
@@ -373,13 +379,13 @@ class CoordinatorCore:
             return
         version.phase = Phase.ARMING
         version.binding = binding
-        for member_id in binding.sources:
-            self._send(member_id, opened=pb.Opened(version=version.version, tag=version.tag))
         for member_id in binding.sinks:
             replica = self._members[member_id].hello.replica
             version.replicas.setdefault(replica, []).append(member_id)
             left_s = version.deadline - self._now
             self._send(member_id, arm=pb.Arm(version=version.version, deadline_s=left_s))
+        for member_id in binding.sources:  # while sinks make room
+            self._send(member_id, opened=pb.Opened(version=version.version, tag=version.tag))
 
     def _on_armed(self, member: Member, message: pb.Armed) -> None:
         version = self._current(message.version)
@@ -400,24 +406,18 @@ class CoordinatorCore:
 
     def _on_writes_done(self, member: Member, message: pb.WritesDone) -> None:
         version = self._current(message.version)
-        if version is None or version.binding is None:
+        binding = version.binding if version is not None else None
+        if version is None or binding is None or member.id not in binding.writers:
             return
-        binding = version.binding
+        if fault := digests_fault(message.digests):
+            self._abort("IntegrityError", f"{member.label}: {fault}")
+            return
         version.written.add(member.id)
+        version.digests[binding.sender_number(member.id)] = message.digests
         for index in message.lost_sinks:
-            lost = self._members.get(binding.sinks[index])
-            if lost is not None and self._current(message.version) is not None:
+            if lost := self._members.get(binding.sinks[index]):
                 text = f"{member.label} could not reach {lost.label}"
                 self._drop_replica(lost.hello.replica, "PeerLostError", text)
-        taking_part = {i for ranks in version.replicas.values() for i in ranks}
-        for entry in message.digests:
-            if entry.sink < len(binding.sinks) and binding.sinks[entry.sink] in taking_part:
-                self._send(
-                    binding.sinks[entry.sink],
-                    expect=pb.Expect(
-                        version=message.version, source=member.hello.rank, values=entry.values
-                    ),
-                )
 
     def _on_failed(self, member: Member, message: pb.Failed) -> None:
         if self._current(message.version) is not None:
@@ -453,20 +453,21 @@ class CoordinatorCore:
         self._open = None
         self._adopting = set(version.replicas)
         decide = pb.Decide(version=version.version, commit=True, num_replicas=len(version.replicas))
+        for member_id in version.published:  # first: their trainers wait for it
+            if member_id in self._members:
+                self._send(member_id, decide=decide)
         for member_id in ranks:
             member = self._members[member_id]
             member.state, member.version = pb.COMMITTED, version.version
             self._send(member_id, decide=decide)
-        for member_id in version.published:
-            if member_id in self._members:
-                self._send(member_id, decide=decide)
 
     def _drop_replica(self, replica: str, error: str, text: str) -> None:
         version = self._open
         if version is None or replica not in version.replicas:
             return
         ranks = version.replicas.pop(replica)
-        if len(version.replicas) < max(1, self.options.min_replicas):
+        is_needed = version.waits_for(ranks)  # to pass on to others: lost like a source
+        if is_needed or len(version.replicas) < max(1, self.options.min_replicas):
             version.replicas[replica] = ranks  # they hear the abort with the others
             self._abort(error, text)
             return
@@ -475,7 +476,8 @@ class CoordinatorCore:
                 self._drop(self._members[member_id], version.version, text)
         if version.binding is not None:
             gone = [i for i, m in enumerate(version.binding.sinks) if m in ranks]
-            for member_id in sorted(version.published & self._members.keys()):
+            writers = version.published | version.binding.hops.keys()
+            for member_id in sorted(writers & self._members.keys() - {*ranks}):
                 self._send(member_id, forget=pb.Forget(version=version.version, sinks=gone))
         self._binding = None  # what they abandoned must be exported anew
 
@@ -585,6 +587,8 @@ class CoordinatorCore:
         self._maybe_bind()
         self._maybe_arm()
         self._maybe_write()
+        for sink, expect in self._open.expects() if self._open is not None else ():
+            self._send(sink, expect=expect)
         self._maybe_decide()
         out, self._out = self._out, []
         return out
@@ -594,7 +598,3 @@ class CoordinatorCore:
 
     def _refuse(self, member_id: int, error: str, text: str) -> None:
         self._send(member_id, refused=pb.Refused(problem=_problem(error, text)))
-
-
-def _problem(error: str, message: str) -> pb.Problem:
-    return pb.Problem(error=error, message=message)

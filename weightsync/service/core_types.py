@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from weightsync.service import weightsync_pb2 as pb
+from weightsync.service.digests import by_sink
 
 __all__ = [
     "WIRE_VERSION",
@@ -23,9 +24,10 @@ __all__ = [
     "Roster",
     "Send",
     "adopted_by",
+    "problem",
 ]
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 class Phase(enum.Enum):
@@ -136,6 +138,11 @@ class Member:
         return f"sink {self.hello.replica}/{self.hello.rank}"
 
 
+def problem(error: str, message: str) -> pb.Problem:
+    """What went wrong, for a message: the name of an error class, and its text."""
+    return pb.Problem(error=error, message=message)
+
+
 def adopted_by(members: Iterable[Member], version: int) -> pb.Adopted:
     """What sources hear when the fleet serves a version: the longest of each stage of its sinks."""
     found = [m.seconds for m in members if not m.is_source and m.active == version]
@@ -157,8 +164,27 @@ class Binding:
     plan_digest: str = ""
     ready: set[int] = field(default_factory=set)
     descriptors: dict[int, bytes] = field(default_factory=dict)
+    hops: dict[int, frozenset[int]] = field(default_factory=dict)  # sink that passes on -> to whom
     connected: set[int] = field(default_factory=set)
     is_bound: bool = False
+
+    def set_hops(self, hops: Mapping[int, Iterable[int]]) -> None:
+        """Take note of the plan's hops, by sink index."""
+        self.hops = {
+            self.sinks[sink]: frozenset(self.sinks[other] for other in others)
+            for sink, others in hops.items()
+        }
+
+    @property
+    def writers(self) -> list[int]:
+        """Members that connect to sinks: all sources, and the sinks that pass on."""
+        return [*self.sources, *sorted(self.hops)]
+
+    def sender_number(self, member_id: int) -> int:
+        """A source's rank, or the number of sources plus a sink's index: as in the plan."""
+        if member_id in self.sources:
+            return self.sources.index(member_id)
+        return len(self.sources) + self.sinks.index(member_id)
 
 
 @dataclass
@@ -175,6 +201,31 @@ class OpenVersion:
     armed: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
     voted: set[int] = field(default_factory=set)
+    digests: dict[int, pb.Digests] = field(default_factory=dict)  # by number of the sender
+    is_told: bool = False  # what sinks have to compare with
+
+    def expects(self) -> Iterator[tuple[int, pb.Expect]]:
+        """Say once, when all have written, what each sink that takes part has to compare with."""
+        if self.is_told or self.binding is None or self.phase is not Phase.WRITING:
+            return
+        if not self.written >= self.published or self.waits_for(self.binding.hops):
+            return
+        self.is_told = True
+        found = by_sink(self.digests)
+        taking_part = {i for ranks in self.replicas.values() for i in ranks}
+        for number, member_id in enumerate(self.binding.sinks):
+            if member_id in taking_part:
+                yield member_id, pb.Expect(version=self.version, digests=found.get(number))
+
+    def waits_for(self, ranks: Iterable[int]) -> bool:
+        """Whether a rank that still takes part gets something from these, and has not got it."""
+        if self.binding is None:
+            return False
+        left = {i for members in self.replicas.values() for i in members}
+        return any(
+            not left.isdisjoint(self.binding.hops.get(member, ()))
+            for member in set(ranks) - self.written
+        )
 
 
 class Roster:

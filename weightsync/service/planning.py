@@ -29,6 +29,19 @@ class Planned:
     shares: bytes
     options_json: str
 
+    @property
+    def hops(self) -> dict[int, set[int]]:
+        """Sinks that pass on what they received, by index, and to whom."""
+        buckets = self.plan.buckets
+        found: dict[int, set[int]] = {}
+        passed_on = slice(self.plan.num_direct, None)
+        pairs = zip(
+            buckets.src_rank[passed_on].tolist(), buckets.dst_rank[passed_on].tolist(), strict=True
+        )
+        for sink, other in set(pairs):
+            found.setdefault(sink, set()).add(other)
+        return found
+
 
 def make_plan(
     sources: Sequence[tuple[str, bytes]],

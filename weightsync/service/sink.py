@@ -23,7 +23,9 @@ from weightsync.runtime.receiver import Receiver
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.core_types import WIRE_VERSION
 from weightsync.service.credentials import MemberCredentials
+from weightsync.service.digests import unpack_digests
 from weightsync.service.member import Member
+from weightsync.service.passing_on import PassingOn
 from weightsync.service.planning import PlanCache
 from weightsync.service.session import problem_of, to_error
 
@@ -84,6 +86,7 @@ class SinkMember(Member):
         self._fabric_name = fabric_name
         self._hooks = hooks
         self._plans = PlanCache()
+        self._hops = PassingOn(receiver, self.label)
         # All below is guarded by `changed`.
         self.state: pb.SinkState.ValueType = pb.IDLE
         self.state_version = 0
@@ -280,6 +283,7 @@ class SinkMember(Member):
         """Leave the job; the live weights stay as they are."""
         self._cancel.set()
         super().close()
+        self._hops.close()
         self._receiver.close()
 
     # ---- messages ----
@@ -313,6 +317,10 @@ class SinkMember(Member):
         kind = message.WhichOneof("kind")
         if kind == "bind":
             self.submit(lambda: self._bind(message.bind))
+        elif kind == "exports":
+            self.submit(lambda: self._connect_peers(message.exports))
+        elif kind == "forget":
+            self._hops.forget(set(message.forget.sinks))
         elif kind == "bound":
             with self.changed:
                 failed = message.bound.HasField("problem")
@@ -325,8 +333,7 @@ class SinkMember(Member):
             self.submit(lambda: self._fill(message.arm))
         elif kind == "expect":
             with self.changed:
-                values = np.frombuffer(message.expect.values, "<u8").astype(np.uint64)
-                self._expected[message.expect.source] = values
+                self._expected.update(unpack_digests(message.expect.digests))
         elif kind == "decide":
             self._decide(message.decide)
         elif kind == "apply":
@@ -406,18 +413,32 @@ class SinkMember(Member):
                     f"{self.label} planned {plan.digest[:16]}, the coordinator "
                     f"{message.plan_digest[:16]}; install the same weightsync everywhere"
                 )
+            self._hops.close()
             descriptor = self._receiver.bind(plan, message.index)
+            self._hops.bind(plan, message.index, message.epoch)
         except Exception as error:  # noqa: BLE001 - reported to the coordinator
-            if not isinstance(error, WeightSyncError):
-                _log.exception("%s: binding failed", self.label)
-                error = InternalError(f"binding failed: {error!r}")
-            self.send(bind_failed=pb.BindFailed(epoch=message.epoch, problem=problem_of(error)))
+            self._bind_failed(message.epoch, error)
             return
         self.send(
             bind_ready=pb.BindReady(
                 epoch=message.epoch, plan_digest=plan.digest, export_descriptor=descriptor
             )
         )
+
+    def _connect_peers(self, message: pb.Exports) -> None:
+        try:
+            is_connected = self._hops.connect(message, self.connect_timeout_s)
+        except Exception as error:  # noqa: BLE001 - reported to the coordinator
+            self._bind_failed(message.epoch, error)
+            return
+        if is_connected:
+            self.send(connected=pb.Connected(epoch=message.epoch))
+
+    def _bind_failed(self, epoch: int, error: Exception) -> None:
+        if not isinstance(error, WeightSyncError):
+            _log.exception("%s: binding failed", self.label)
+            error = InternalError(f"binding failed: {error!r}")
+        self.send(bind_failed=pb.BindFailed(epoch=epoch, problem=problem_of(error)))
 
     def _fill(self, message: pb.Arm) -> None:
         version, cancel = message.version, self._cancel
@@ -428,10 +449,11 @@ class SinkMember(Member):
                 return
             self._receiver.open_slots(version)
             failpoints.hit("sink.armed")
-            self.send(armed=pb.Armed(version=version))
-            nbytes = self._receiver.fill(
-                version, self._expected.get, deadline=deadline, cancel=cancel
-            )
+            with self._hops.during(version, deadline, cancel, self.send):
+                self.send(armed=pb.Armed(version=version))
+                nbytes = self._receiver.fill(
+                    version, self._expected.get, deadline=deadline, cancel=cancel
+                )
         except Exception as error:  # noqa: BLE001 - reported to the coordinator
             if not isinstance(error, WeightSyncError):
                 _log.exception("%s: receiving version %d", self.label, version)

@@ -21,7 +21,7 @@ from weightsync.errors import (
     VersionError,
     WeightSyncError,
 )
-from weightsync.ir.plan import Plan
+from weightsync.ir.plan import STAGED_BUCKETS, Plan
 from weightsync.report import Stage, VersionReport
 from weightsync.runtime.executor import Executor, Outcome
 from weightsync.runtime.program import chunk_bits, source_program
@@ -30,6 +30,7 @@ from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.core_types import WIRE_VERSION
 from weightsync.service.credentials import MemberCredentials
 from weightsync.service.member import Member, abort_error
+from weightsync.service.passing_on import writes_done
 from weightsync.service.planning import PlanCache
 from weightsync.service.session import problem_of
 from weightsync.transport.base import Engine, Lease, Remote
@@ -348,8 +349,7 @@ class SourceMember(Member):
                 )
             budget = self._staging_bytes
             if budget == 0:
-                # Two of the largest: one is written while the next is packed.
-                budget = 2 * max((p.staging_bytes for p in self._programs), default=0)
+                budget = STAGED_BUCKETS * max((p.staging_bytes for p in self._programs), default=0)
             address = self._allocate_staging(budget)
             self._executor = Executor(
                 programs=self._programs,
@@ -359,6 +359,7 @@ class SourceMember(Member):
                 staging_address=address,
                 pool=StagingPool(budget),
                 threads=self._threads,
+                on_bucket=lambda: failpoints.hit("source.writing"),
             )
         except Exception as error:  # noqa: BLE001 - reported to the coordinator
             self._bind_failed(message.epoch, error)
@@ -396,17 +397,7 @@ class SourceMember(Member):
         with self.changed:
             opened.outcome = outcome
             opened.marks["transfer"] = time.monotonic()
-        self.send(
-            writes_done=pb.WritesDone(
-                version=message.version,
-                digests=[
-                    pb.SinkDigests(sink=sink, values=values.astype("<u8").tobytes())
-                    for sink, values in sorted(outcome.digests.items())
-                ],
-                num_bytes=outcome.nbytes,
-                lost_sinks=sorted(outcome.lost_sinks),
-            )
-        )
+        self.send(writes_done=writes_done(message.version, outcome))
         failpoints.hit("source.undecided")
 
     def _plan_bases(self, plan: Plan) -> npt.NDArray[np.int64]:

@@ -332,7 +332,9 @@ class WritesDone(_message.Message):
     version: _builtins.int
     num_bytes: _builtins.int
     @_builtins.property
-    def digests(self) -> _containers.RepeatedCompositeFieldContainer[Global___SinkDigests]: ...
+    def digests(self) -> Global___Digests:
+        """by sink"""
+
     @_builtins.property
     def lost_sinks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """could not be written to"""
@@ -341,11 +343,11 @@ class WritesDone(_message.Message):
         self,
         *,
         version: _builtins.int = ...,
-        digests: _abc.Iterable[Global___SinkDigests] | None = ...,
+        digests: Global___Digests | None = ...,
         num_bytes: _builtins.int = ...,
         lost_sinks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "lost_sinks", b"lost_sinks", "num_bytes", b"num_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -354,28 +356,34 @@ class WritesDone(_message.Message):
 Global___WritesDone: _TypeAlias = WritesDone  # noqa: Y015
 
 @_typing.final
-class SinkDigests(_message.Message):
+class Digests(_message.Message):
+    """Of the buckets between a member and its peers, in columns."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    SINK_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
-    sink: _builtins.int
-    """index of the sink rank in the plan"""
+    peers: _builtins.bytes
+    """little-endian uint32: index of the other rank on its side"""
+    counts: _builtins.bytes
+    """little-endian uint32: buckets of each pair"""
     values: _builtins.bytes
-    """little-endian uint64 per bucket of (source, sink), plan order"""
+    """little-endian uint64 per bucket, pair by pair, in plan order"""
     def __init__(
         self,
         *,
-        sink: _builtins.int = ...,
+        peers: _builtins.bytes = ...,
+        counts: _builtins.bytes = ...,
         values: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sink", b"sink", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "peers", b"peers", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SinkDigests: _TypeAlias = SinkDigests  # noqa: Y015
+Global___Digests: _TypeAlias = Digests  # noqa: Y015
 
 @_typing.final
 class Failed(_message.Message):
@@ -904,25 +912,26 @@ Global___Write: _TypeAlias = Write  # noqa: Y015
 
 @_typing.final
 class Expect(_message.Message):
+    """What the sink's buckets must be, once every source has written."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
-    SOURCE_FIELD_NUMBER: _builtins.int
-    VALUES_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    source: _builtins.int
-    values: _builtins.bytes
-    """as SinkDigests.values"""
+    @_builtins.property
+    def digests(self) -> Global___Digests:
+        """by source"""
+
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
-        source: _builtins.int = ...,
-        values: _builtins.bytes = ...,
+        digests: Global___Digests | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "values", b"values", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,7 +23,16 @@ from support.chaos.worker import FAULT_VERSION, LEASE_S, PUBLISH_TIMEOUT_S
 # Where each role can be hit; the names are the fail points of docs/protocol.md.
 STAGES = {
     "source": ("bind", "published", "writing", "written", "undecided", "decided"),
-    "sink": ("bind", "armed", "filling", "prepared", "committed", "applying", "active"),
+    "sink": (
+        "bind",
+        "armed",
+        "filling",
+        "forwarding",
+        "prepared",
+        "committed",
+        "applying",
+        "active",
+    ),
     "coordinator": ("bind", "open", "writing", "voted", "recorded", "decided", "applying"),
 }
 ACTIONS = ("kill", "stop")
@@ -40,10 +49,11 @@ class Fault:
     stage: str
     action: str
     mode: str = "staged"
+    fabric: str = "local"
 
     @property
     def name(self) -> str:
-        return f"{self.role}.{self.stage}={self.action} {self.mode}"
+        return f"{self.role}.{self.stage}={self.action} {self.mode} {self.fabric}"
 
 
 def every_fault() -> list[Fault]:
@@ -173,7 +183,9 @@ class Run:
                 world.SinkMemory(self.folder, replica, rank, create=True)
         fault_version = 1 if self.fault.stage == "bind" else FAULT_VERSION
         victim = VICTIMS[self.fault.role]
-        self._start("coordinator", role="coordinator")
+        # Only where somebody is to fall while it passes on: the others test plans of every day.
+        hops = self.fault.stage == "forwarding"
+        self._start("coordinator", role="coordinator", hops=hops)
         self._until(
             lambda: bool(world.notes(self.folder, "coordinator")), "the coordinator starts", 10
         )
@@ -347,6 +359,7 @@ class Run:
                 spec["flip"] = FAULT_VERSION
         spec["hurry"] = self.fault.stage == "bind"
         spec |= {"name": name, "folder": str(self.folder), "mode": self.fault.mode, "bug": self.bug}
+        spec["fabric"] = self.fault.fabric
         unique = f"{self.folder.name}/{name}/{len(self._names)}"
         self._names.append(unique)
         self._latest[name] = unique

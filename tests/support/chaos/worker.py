@@ -62,6 +62,8 @@ def _coordinator(folder: Path, spec: dict[str, Any]) -> None:
         journal=folder / "job.db",
         bucket_bytes=4096,
         min_replicas=spec.get("min_replicas", 1),
+        ranks_per_node=2 if spec.get("hops") else 1,
+        node_dedup="on",
     ):
         world.note(folder, spec["name"], event="ready")
         while world.goal(folder) >= 0:
@@ -110,6 +112,11 @@ class SinkLayout:
         return builder.build()
 
 
+def _fabric(spec: dict[str, Any]) -> dict[str, Any]:
+    options = {"addresses": ["127.0.0.1"]} if spec["fabric"] == "tcp" else {}
+    return {"fabric": spec["fabric"], "fabric_options": options}
+
+
 def _source(folder: Path, spec: dict[str, Any]) -> None:
     import torch
 
@@ -127,6 +134,7 @@ def _source(folder: Path, spec: dict[str, Any]) -> None:
         world_size=world.NUM_SOURCES,
         job=_url(folder),
         timeout_s=PUBLISH_TIMEOUT_S,
+        **_fabric(spec),
     ) as source:
         world.note(folder, name, event="ready")
         while (goal := world.goal(folder)) >= 0:
@@ -184,6 +192,7 @@ def _sink(folder: Path, spec: dict[str, Any]) -> None:
     with Sink(
         weights, layout=SinkLayout(tp), replica=replica, rank=rank, world_size=tp,
         job=_url(folder), mode=spec["mode"], hooks=hooks, timeout_s=3.0,
+        **_fabric(spec),
     ) as sink:  # fmt: skip
         world.note(folder, name, event="ready")
         while world.goal(folder) >= 0:
