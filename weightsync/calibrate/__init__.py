@@ -1,0 +1,1 @@
+"""`weightsync calibrate`: the constants of this host, as a cluster that `weightsync plan` takes."""

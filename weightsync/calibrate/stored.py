@@ -1,0 +1,41 @@
+"""Calibrations as files: in the form of `configs/cluster`, with the source of every number."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from weightsync.calibrate.constants import Calibration
+from weightsync.planners.cluster import Cluster, Rate
+
+__all__ = ["store", "to_yaml"]
+
+
+def store(calibration: Calibration, path: Path) -> None:
+    """Write a calibration as a cluster of `weightsync plan`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(to_yaml(calibration), encoding="ascii")
+    partial.replace(path)
+
+
+def to_yaml(calibration: Calibration) -> str:
+    """Return a calibration in the form of the files of `configs/cluster`."""
+    lines = [
+        "# Measured by `weightsync calibrate`. Rates in 10^9 bits or bytes a second, times in s.",
+    ]
+    for field in dataclasses.fields(Cluster):
+        value = getattr(calibration.cluster, field.name)
+        if isinstance(value, Rate):
+            text = f"{{nominal: {value.nominal:.6g}, attainable: {value.attainable:.6g}}}"
+        elif isinstance(value, bool):
+            text = str(value).lower()
+        elif value is None:
+            text = "null"
+        elif isinstance(value, float):
+            text = f"{value:.6e}" if 0 < abs(value) < 0.01 else f"{value:.6g}"
+            text = text if "." in text else f"{text}.0"
+        else:
+            text = str(value)
+        lines += [f"# {calibration.how[field.name]}", f"{field.name}: {text}"]
+    return "\n".join(lines) + "\n"
