@@ -1,6 +1,6 @@
 # Short names for what people and CI run. All of them work on a fresh checkout.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-long test-vllm test-trl bench clean
+.PHONY: help setup demo check test test-long test-vllm test-trl test-engines bench clean
 
 BIN := .venv/bin
 
@@ -14,6 +14,7 @@ help:
 	@echo "make test-long  the same tests with the full counts"
 	@echo "make test-vllm  real vLLM engines, in an environment of their own (made once: minutes, 4 GB)"
 	@echo "make test-trl   real Trainer and TRL runs that drive vLLM, in two environments of their own"
+	@echo "make test-engines  real Megatron-Core and DeepSpeed ranks and SGLang classes, in environments of their own"
 	@echo "make bench      measure transfers on this machine, one JSON object"
 	@echo "make clean      remove build outputs and caches, keep .venv"
 
@@ -41,6 +42,13 @@ test-vllm: setup
 
 test-trl: setup
 	@scripts/stack trl -- python -m pytest -c tests/trl/pytest.ini tests/trl
+
+test-engines: setup
+	@# Each folder runs in the stack of its name, each file in a process of its own.
+	@set -e; for file in tests/engines/*/test_*.py; do \
+	    stack=$$(basename "$$(dirname "$$file")"); \
+	    scripts/stack "$$stack" -- python -m pytest -c "$$(dirname "$$file")/pytest.ini" "$$file"; \
+	done
 
 bench: setup
 	@$(BIN)/weightsync bench transfer --json

@@ -1,34 +1,27 @@
 """The command line: a thin table of commands, each loaded when it is called.
 
-With `--json` stdout is one JSON object on one line, everything else goes to stderr. Exit status:
-0 ok, 1 failed or unverified, 2 bad input, 130 interrupted.
+All behave the same way, which is that of `weightsync.execute`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from weightsync.errors import ConfigError, LayoutError, PlanBudgetError, WeightSyncError
+from weightsync.errors import ConfigError, LayoutError, PlanBudgetError
+from weightsync.execute import execute
 from weightsync.settings import CA_NAME, ENV_JOB, ENV_TOKEN_FILE, TOKEN_NAME
 
 if TYPE_CHECKING:
     from weightsync.certs import Certs
 
 __all__ = ["app", "main"]
-
-EXIT_OK: Final = 0
-EXIT_FAILED: Final = 1
-EXIT_BAD_INPUT: Final = 2
-EXIT_INTERRUPTED: Final = 130
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, progress on stderr.")
@@ -231,7 +224,7 @@ def load(
     world_size: WorldOption = 1,
     staging: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory for packed bytes. Default: two buckets."),
+        typer.Option(metavar="SIZE", help="Memory for packed bytes. Default: eight buckets."),
     ] = None,
     fabric: Annotated[str, typer.Option(help=FABRIC_HELP)] = "local",
     address: AddressOption = None,
@@ -409,6 +402,56 @@ def plan_command(
     execute("plan", run, as_json=as_json, debug=debug, bad_input=bad_input)
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  weightsync calibrate\n\n"
+    "  weightsync calibrate --address 10.0.0.5 --address 10.1.0.5 --nic-gbit 25 --name rack_7\n\n"
+    "  weightsync plan --config-dir ~/.config/weightsync cluster=rack_7 model=... trainer=... "
+    "rollout=...\n\n"
+)
+def calibrate(
+    name: Annotated[str, typer.Option(help="Of the cluster.")] = "this_host",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="Default: ~/.config/weightsync/cluster/NAME.yaml."),
+    ] = None,
+    address: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IP", help="Of this host; one per rail, may be repeated."),
+    ] = None,
+    nic_gbit: Annotated[
+        float | None,
+        typer.Option(help="Nominal Gbit/s of a rail. Default: as the system says, or measured."),
+    ] = None,
+    sources: Annotated[int, typer.Option(help="Processes that publish.")] = 2,
+    sinks: Annotated[int, typer.Option(help="Processes that receive.")] = 2,
+    ranks_per_node: Annotated[int, typer.Option(help="Ranks that share a node.")] = 1,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Measure this host's constants, and store them as a cluster for `weightsync plan`.
+
+    Runs real jobs over the tcp fabric between processes of this host. What no other host takes part
+    in, such as the latency of a switch, is not in it: docs/scale-model.md says what is.
+    """
+
+    def run(console: Console) -> dict[str, Any]:
+        from weightsync.calibrate.command import CalibrateOptions, run_calibrate
+
+        options = CalibrateOptions(
+            name=name,
+            out=out,
+            addresses=tuple(address or ()),
+            nic_gbit_per_s=nic_gbit,
+            sources=sources,
+            sinks=sinks,
+            ranks_per_node=ranks_per_node,
+        )
+        return run_calibrate(options, console)
+
+    execute("calibrate", run, as_json=as_json, debug=debug)
+
+
 @app.command()
 def doctor(
     vllm: Annotated[
@@ -497,55 +540,9 @@ def certs(
     execute("certs", run, as_json=as_json, debug=debug)
 
 
-def execute(
-    command: str,
-    run: Callable[[Console], dict[str, Any]],
-    *,
-    as_json: bool,
-    debug: bool,
-    bad_input: tuple[type[WeightSyncError], ...] = (ConfigError,),
-) -> None:
-    """Run one command the way all commands behave, and exit.
-
-    Args:
-        command: Its name in the schema, with underscores: "demo", "bench_transfer".
-        run: Does the work; gets the console to print on, returns the keys of the JSON object.
-            A false "ok" or "verified" makes the exit status 1.
-        as_json: Print that object on stdout.
-        debug: Let errors of the package through with their traceback.
-        bad_input: Errors that are the user's: exit status 2.
-
-    Raises:
-        typer.Exit: Always, with the exit status.
-    """
-    result: dict[str, Any]
-    try:
-        result = run(Console(stderr=as_json))
-        good = bool(result.get("ok", True)) and bool(result.get("verified", True))
-        status = EXIT_OK if good else EXIT_FAILED
-    except KeyboardInterrupt:
-        result, status = {"ok": False, "error": "interrupted"}, EXIT_INTERRUPTED
-        _say_error("interrupted")
-    except WeightSyncError as error:
-        if debug:
-            raise
-        status = EXIT_BAD_INPUT if isinstance(error, bad_input) else EXIT_FAILED
-        result = {"ok": False, "error": type(error).__name__, "message": str(error)}
-        _say_error(f"{type(error).__name__}: {error}")
-    if as_json:
-        line = json.dumps({"schema": f"weightsync.{command}/1", **result})
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-    raise typer.Exit(status)
-
-
 def main() -> None:
     """The console script."""
     app()
-
-
-def _say_error(text: str) -> None:
-    Console(stderr=True).print(Text(text, "bold red"), soft_wrap=True)
 
 
 def _say_certs(console: Console, made: Certs, *, renewed: bool) -> None:

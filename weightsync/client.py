@@ -11,6 +11,7 @@ sink.refit()                                 # between tokens
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from weightsync.errors import ConfigError, PlanBudgetError
 from weightsync.ir.layout import Layout, SourceLayout
-from weightsync.ir.plan import PlanOptions
+from weightsync.ir.plan import HopRule, PlanOptions
 from weightsync.report import Stage, VersionReport
 from weightsync.runtime.receiver import Receiver
 from weightsync.service.address import TcpAddress, parse_url
@@ -79,6 +80,9 @@ class Job:
         lease_s: float = 10.0,
         journal: str | Path | None = None,
         bucket_bytes: int | None = None,
+        ranks_per_node: int = 1,
+        node_dedup: HopRule = "auto",
+        relays: HopRule = "off",
         token_file: str | Path | None = None,
         ca_file: str | Path | None = None,
         cert_file: str | Path | None = None,
@@ -94,6 +98,11 @@ class Job:
             journal: SQLite file that survives this process; a job started again on it goes on
                 with its versions. None keeps decisions in memory.
             bucket_bytes: Size of the unit that is staged, tracked and verified; None: 64 MiB.
+            ranks_per_node: Sink ranks of a replica that share a node; they fill nodes in order.
+            node_dedup: Whether what they store alike crosses the network once ("auto", "on",
+                "off"); one of them passes it on. Without effect where ranks_per_node is 1.
+            relays: Whether equal replicas pass on to each other; a rank that is lost while it does
+                aborts the version like a source.
             token_file: The job's token, made by `weightsync certs`. For grpcs:// only, like the
                 following; None reads $WEIGHTSYNC_TOKEN_FILE.
             ca_file: None reads $WEIGHTSYNC_CA_FILE, else takes ca.pem beside the token.
@@ -109,7 +118,9 @@ class Job:
             raise ConfigError(f"min_replicas={min_replicas}: at least 1")
         options = CoreOptions(min_replicas=min_replicas, lease_s=lease_s)
         path = Path(journal) if journal is not None else None
-        plans = PlanOptions() if bucket_bytes is None else PlanOptions(bucket_bytes=bucket_bytes)
+        plans = PlanOptions(ranks_per_node=ranks_per_node, node_dedup=node_dedup, relays=relays)
+        if bucket_bytes is not None:
+            plans = dataclasses.replace(plans, bucket_bytes=bucket_bytes)
         member = server = None
         if url is not None and isinstance(parse_url(url), TcpAddress):
             settings = Settings.resolve(
@@ -225,7 +236,7 @@ class Source:
         world_size: Likewise, else $WORLD_SIZE.
         dtype: Unused dtype conversions are decided by the sinks; a value here is checked
             against what `weights` holds.
-        staging_bytes: Budget of packed and cast bytes in flight; None takes two buckets.
+        staging_bytes: Budget of packed and cast bytes in flight; None takes eight buckets.
         timeout_s: Deadline of one version.
         fabric: `local` (one host) or `tcp` (any hosts); sources and sinks use the same.
         fabric_options: Of that fabric, as `transport.open_fabric` takes them: for `tcp`
@@ -261,7 +272,7 @@ class Source:
         if staging_bytes is not None and staging_bytes < _MIN_STAGING_BYTES:
             raise PlanBudgetError(
                 f"source {self.rank}: staging_bytes={staging_bytes} is less than the "
-                f"{_MIN_STAGING_BYTES} that one packed write needs; leave it out for two buckets"
+                f"{_MIN_STAGING_BYTES} that one packed write needs; leave it out for eight buckets"
             )
         settings, credentials = _resolve(job, timeout_s)
         self._timeout_s = settings.timeout_s

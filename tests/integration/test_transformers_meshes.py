@@ -17,16 +17,20 @@ from support.layout_oracle import (
     TINY_DEEPSEEK_V3,
     TINY_GLM4_MOE,
     TINY_GPT_OSS,
+    TINY_LLAMA,
     TINY_QWEN3,
     TINY_QWEN3_MOE,
     assert_holds,
     build_model,
     checkpoint,
     number_elements,
+    piece_rows,
     read_buffers,
 )
 from weightsync.live.layout import module_layout
+from weightsync.planners import rules
 
+TINY_GPT_OSS_EVEN = {**TINY_GPT_OSS, "num_local_experts": 4}
 # Model and sizes of the mesh; what they do not name is 1, and all together are 4 ranks.
 CASES: list[tuple[dict[str, Any], dict[str, int]]] = [
     (TINY_QWEN3, {"fsdp_size": 2, "tp_size": 2}),
@@ -37,8 +41,22 @@ CASES: list[tuple[dict[str, Any], dict[str, int]]] = [
     (TINY_DEEPSEEK_V3, {"fsdp_size": 4, "ep_size": 2}),
     (TINY_GLM4_MOE, {"dp_replicate_size": 2, "fsdp_size": 2}),
     (TINY_GPT_OSS, {"fsdp_size": 4}),
+    (TINY_GPT_OSS_EVEN, {"fsdp_size": 4, "ep_size": 2}),
+    (TINY_LLAMA, {"fsdp_size": 2, "tp_size": 2}),
 ]
 FUSED = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def rule(
+    config: dict[str, Any],
+    dp_replicate_size: int = 1,
+    fsdp_size: int = 1,
+    tp_size: int = 1,
+    ep_size: int = 1,
+) -> rules.Fsdp2Layout:
+    """The rule by transformers' own sizes."""
+    fsdp = fsdp_size * tp_size // ep_size if ep_size > 1 else fsdp_size
+    return rules.fsdp2(config, fsdp=fsdp, replicate=dp_replicate_size, tp=tp_size, ep=ep_size)
 
 
 def placed(case: tuple[dict[str, Any], dict[str, int]], path: Path) -> dict[str, Any]:
@@ -56,6 +74,9 @@ def placed(case: tuple[dict[str, Any], dict[str, int]], path: Path) -> dict[str,
     live = module_layout(cut)
     read_buffers(live.manifest(), named)
     assert_holds(live.tensors(), live.manifest(), named)
+    expected = rule(config, **sizes).manifest(dist.get_rank())
+    assert piece_rows(live.manifest()) == piece_rows(expected), sizes
+    assert live.manifest() == expected
     return {n: p.placements for n, p in cut.named_parameters() if isinstance(p, DTensor)}
 
 

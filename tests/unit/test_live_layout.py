@@ -135,11 +135,62 @@ def test_tensors_that_cannot_be_described_are_named(tensor: Tensor, message: str
         module_layout({"odd": tensor})
 
 
-def test_partitions_of_deepspeed_are_refused() -> None:
-    partitioned = nn.Parameter(torch.zeros(0))
-    partitioned.ds_tensor = torch.zeros(3)
-    with pytest.raises(LayoutError, match="ZeRO-3: not built yet"):
-        module_layout({"odd": partitioned})
+def partitioned(rank: int, **attributes: object) -> dict[str, Tensor]:
+    """What DeepSpeed makes of a parameter of 10 elements on one of 4 ranks: 3, 3, 3 and 1 of them.
+
+    tests/engines holds real ones; here every process would need a group.
+    """
+    parameter = nn.Parameter(torch.zeros(0))
+    made: dict[str, object] = {
+        "ds_tensor": torch.zeros(3), "ds_shape": torch.Size([5, 2]), "ds_process_group": rank,
+    }  # fmt: skip
+    for name, value in (made | attributes).items():
+        setattr(parameter, name, value)
+    return {"odd": parameter}
+
+
+@pytest.fixture
+def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 4)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group)
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_a_partition_of_deepspeed_is_a_range() -> None:
+    whole = {"odd": torch.arange(10.0).reshape(5, 2)}
+    for rank, expected in enumerate(([0, 1, 2], [3, 4, 5], [6, 7, 8], [9])):
+        live = module_layout(partitioned(rank), rank=rank)
+        held = read_buffers(live.manifest(), whole, has_gaps=True)["odd"]
+        assert len(held) == 3
+        assert held[: len(expected)].tolist() == expected
+        assert held[len(expected) :].isnan().all()
+        assert live.tensors()["odd"].shape == (3,)
+    beyond = module_layout(partitioned(3, ds_shape=torch.Size([9])), rank=3)
+    assert not beyond.manifest().buffers.names  # all padding
+
+
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"ds_tensor": torch.zeros(0)}, "odd, partitioned by DeepSpeed ZeRO-3, is swapped out"),
+        ({"ds_tensor": torch.zeros(5)}, "an equal share of 10 elements among 4 ranks is 3"),
+        ({"ds_tensor": torch.zeros(3, dtype=torch.complex64)}, "dtype torch.complex64"),
+    ],
+)
+def test_partitions_that_cannot_be_described_are_named(
+    attributes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(LayoutError, match=message):
+        module_layout(partitioned(1, **attributes))
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_a_quantized_partition_is_refused() -> None:
+    tensors = partitioned(1)
+    tensors["odd"].ds_tensor.ds_quant_scale = torch.ones(1)  # type: ignore[attr-defined]
+    with pytest.raises(LayoutError, match="is quantized"):
+        module_layout(tensors)
 
 
 def test_parameters_unknown_to_the_model_are_named() -> None:

@@ -65,7 +65,7 @@ class LoadOptions(_Member):
         version: Number; None takes the next.
         tag: Carried along.
         until: When to return.
-        staging_bytes: Budget of packed bytes; None takes two buckets.
+        staging_bytes: Budget of packed bytes; None takes eight buckets.
     """
 
     checkpoint: Path

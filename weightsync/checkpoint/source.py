@@ -81,7 +81,7 @@ class CheckpointSource:
         config: The model that it must be: a `config.json` or its content. "auto" takes the
             checkpoint's own where a rule knows its model, and else no tensor is checked; None
             checks nothing.
-        staging_bytes: Budget of packed and cast bytes in flight; None takes two buckets.
+        staging_bytes: Budget of packed and cast bytes in flight; None takes eight buckets.
         timeout_s: Deadline of one version.
         fabric: As for `Source`, like the following.
         fabric_options: Of that fabric.

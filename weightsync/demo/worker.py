@@ -108,10 +108,17 @@ class Worker:
         role: Module of `package` that it runs.
         log: File that takes its output; its folder also takes temporary files.
         package: Whose `__main__` it starts in.
+        inside: Command that runs it, such as `ip netns exec NAME`; must become it by exec.
     """
 
     def __init__(
-        self, name: str, role: str, log: Path, *, package: str = "weightsync.demo"
+        self,
+        name: str,
+        role: str,
+        log: Path,
+        *,
+        package: str = "weightsync.demo",
+        inside: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.log = log
@@ -123,6 +130,7 @@ class Worker:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
                     [
+                        *inside,
                         *(sys.executable, "-P", "-m", package, role),
                         *(str(down_read), str(up_write), str(os.getpid())),
                     ],
@@ -189,10 +197,10 @@ class Team:
         self.workers: list[Worker] = []
         self._gone: set[Worker] = set()
 
-    def start(self, name: str, role: str, **options: Any) -> Worker:
-        """Start a process and send it its options. Returns at once."""
+    def start(self, name: str, role: str, inside: Sequence[str] = (), /, **options: Any) -> Worker:
+        """Start a process, by the command `inside` if any, and send it its options."""
         log = self.folder / f"{name.replace(' ', '-').replace('/', '-')}.log"
-        worker = Worker(name, role, log, package=self._package)
+        worker = Worker(name, role, log, package=self._package, inside=inside)
         self.workers.append(worker)
         worker.send("start", **options)
         return worker
