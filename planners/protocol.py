@@ -20,18 +20,18 @@ __all__ = ["armed_s", "decided_s", "in_turn", "pause_s"]
 Floats = NDArray[np.float64]
 
 # Pairs of source and sink whose digests are sorted while one message is handled; measured.
-_PAIRS_A_MESSAGE = 100
+_PAIRS_A_MESSAGE = 250
 
 
 def armed_s(num_sources: int, num_sinks: int, cluster: Cluster) -> float:
     """Return the time from the last publish to the first write, in seconds.
 
-    Publish of each source, Arm of each sink, Opened of each source while sinks answer Armed, Write
-    of each source.
+    Publish of each source, Arm of each sink, Armed of each sink, of which all but the last are
+    handled while that is on its way, Write of each source.
     """
     round_trip_s, message_s = cluster.control_round_trip_s, cluster.control_message_s
-    messages_s = (2 * num_sources + 2 * num_sinks) * message_s
-    return round_trip_s + messages_s + max(round_trip_s, num_sources * message_s)
+    armed = max(round_trip_s + message_s, num_sinks * message_s)
+    return round_trip_s + (2 * num_sources + num_sinks) * message_s + armed
 
 
 def in_turn(lane: IntArray, arrival: Floats, work: Floats, num_lanes: int) -> Floats:

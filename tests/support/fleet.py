@@ -301,8 +301,6 @@ class Fleet:
             self._say(actor, "bind", bind_ready=ready)
         elif kind == "exports":
             self._say(actor, "connect", connected=pb.Connected(epoch=message.exports.epoch))
-        elif kind == "opened":
-            actor.open = message.opened.version
         elif kind == "arm" and self.busy:
             pass  # no room yet: the version before is not adopted
         elif kind == "arm":
@@ -323,6 +321,7 @@ class Fleet:
             if actor.stalled_at != "armed":
                 self._say(actor, "vote", vote=vote)
         elif kind == "write":
+            actor.open = message.write.version
             self._say(actor, "write", writes_done=pb.WritesDone(version=message.write.version))
         elif kind == "decide":
             if is_source:

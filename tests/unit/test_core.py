@@ -310,7 +310,7 @@ def test_nothing_is_written_before_they_are_connected() -> None:
         fleet._add(pb.Hello(role=pb.SINK, replica="b", rank=rank, world_size=2))
     fleet.run()
     fleet.publish_all()
-    assert "opened" not in fleet.kinds("source 0")
+    assert "write" not in fleet.kinds("source 0")
     fleet.resume("sink a/0")
     assert fleet.decisions == [(1, True)]
 

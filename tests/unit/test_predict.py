@@ -177,16 +177,17 @@ def test_opening_and_deciding_take_round_trips_messages_and_a_disk() -> None:
     plan = _plan([{"a": MB}], [{"a": MB}, {"a": MB}])
     where = cluster(control_round_trip_s=2.0, control_message_s=0.1, journal_s=5.0)
     found = predict(plan, where)
-    # Publish and Write of one source; Arm, Armed of two sinks; Opened meanwhile.
-    begin = 2 * 2.0 + 6 * 0.1
+    # Publish there (1.0), handled (0.1), two Arms (0.2), the last one there and Armed back (2.0),
+    # handled after the other one (0.1), Write (0.1), which is on its way (1.0).
+    begin = 4.5
     assert armed_s(1, 2, where) == pytest.approx(begin)
     assert found.start_s[0, 0] == pytest.approx(begin)
-    # WritesDone there (1.0), handled (0.1), two pairs sorted (0.002), two Expects (0.2), the last
+    # WritesDone there (1.0), handled (0.1), two pairs sorted (0.0008), two Expects (0.2), the last
     # one there (1.0), its vote (1.0 + 0.1), journal (5.0), one source told (0.1), which is on
     # its way (1.0).
-    end = begin + 2 * MS + 9.502
+    end = begin + 2 * MS + 9.5008
     assert found.predicted_s == pytest.approx(end)
-    assert found.commit_s == pytest.approx(9.502)
+    assert found.commit_s == pytest.approx(9.5008)
     # Two round trips, four messages of two sinks, and a copy of no cost.
     assert found.pause_s == pytest.approx(4.8)
     assert predict(plan, where, mode="in_place").pause_s == pytest.approx(end)

@@ -262,7 +262,7 @@ def _within(options: PlanOptions, staging_bytes: int) -> PlanOptions:
 
 def _pass_failpoint(message: pb.CoordinatorMessage) -> None:
     kind = message.WhichOneof("kind")
-    place = {"opened": "open", "write": "writing", "decide": "decided", "apply": "applying"}.get(
+    place = {"arm": "open", "write": "writing", "decide": "decided", "apply": "applying"}.get(
         kind if kind is not None else ""
     )
     if place is not None:

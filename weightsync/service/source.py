@@ -272,9 +272,8 @@ class SourceMember(Member):
             self.submit(lambda: self._bind(message.bind))
         elif kind == "exports":
             self.submit(lambda: self._connect_sinks(message.exports))
-        elif kind == "opened":
-            self._mark_opened(message.opened)
         elif kind == "write":
+            self._mark_opened(message.write)
             self.submit(lambda: self._write(message.write))
         elif kind == "forget":
             if self._executor is not None:
@@ -284,11 +283,13 @@ class SourceMember(Member):
         elif kind == "adopted":
             self._adopted(message.adopted)
 
-    def _mark_opened(self, message: pb.Opened) -> None:
+    def _mark_opened(self, message: pb.Write) -> None:
+        """Take the number that the version has got."""
         with self.changed:
-            if self._open is not None:
-                self._open.version = message.version
-                self._open.marks["wait_open"] = time.monotonic()
+            opened = self._open
+            if opened is not None and not opened.is_decided:
+                opened.version = message.version
+                opened.marks["wait_open"] = time.monotonic()
 
     def _decide(self, message: pb.Decide) -> None:
         failpoints.hit("source.decided")

@@ -595,7 +595,6 @@ class CoordinatorMessage(_message.Message):
     BIND_FIELD_NUMBER: _builtins.int
     EXPORTS_FIELD_NUMBER: _builtins.int
     BOUND_FIELD_NUMBER: _builtins.int
-    OPENED_FIELD_NUMBER: _builtins.int
     ARM_FIELD_NUMBER: _builtins.int
     WRITE_FIELD_NUMBER: _builtins.int
     EXPECT_FIELD_NUMBER: _builtins.int
@@ -618,8 +617,6 @@ class CoordinatorMessage(_message.Message):
     def exports(self) -> Global___Exports: ...
     @_builtins.property
     def bound(self) -> Global___Bound: ...
-    @_builtins.property
-    def opened(self) -> Global___Opened: ...
     @_builtins.property
     def arm(self) -> Global___Arm: ...
     @_builtins.property
@@ -652,7 +649,6 @@ class CoordinatorMessage(_message.Message):
         bind: Global___Bind | None = ...,
         exports: Global___Exports | None = ...,
         bound: Global___Bound | None = ...,
-        opened: Global___Opened | None = ...,
         arm: Global___Arm | None = ...,
         write: Global___Write | None = ...,
         expect: Global___Expect | None = ...,
@@ -666,11 +662,11 @@ class CoordinatorMessage(_message.Message):
         forget: Global___Forget | None = ...,
         withdrawn: Global___Withdrawn | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "adopted", b"adopted", "apply", b"apply", "arm", b"arm", "bind", b"bind", "bound", b"bound", "closing", b"closing", "decide", b"decide", "drop", b"drop", "expect", b"expect", "exports", b"exports", "forget", b"forget", "kind", b"kind", "opened", b"opened", "refused", b"refused", "torn", b"torn", "welcome", b"welcome", "withdrawn", b"withdrawn", "write", b"write"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "adopted", b"adopted", "apply", b"apply", "arm", b"arm", "bind", b"bind", "bound", b"bound", "closing", b"closing", "decide", b"decide", "drop", b"drop", "expect", b"expect", "exports", b"exports", "forget", b"forget", "kind", b"kind", "refused", b"refused", "torn", b"torn", "welcome", b"welcome", "withdrawn", b"withdrawn", "write", b"write"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "adopted", b"adopted", "apply", b"apply", "arm", b"arm", "bind", b"bind", "bound", b"bound", "closing", b"closing", "decide", b"decide", "drop", b"drop", "expect", b"expect", "exports", b"exports", "forget", b"forget", "kind", b"kind", "opened", b"opened", "refused", b"refused", "torn", b"torn", "welcome", b"welcome", "withdrawn", b"withdrawn", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "adopted", b"adopted", "apply", b"apply", "arm", b"arm", "bind", b"bind", "bound", b"bound", "closing", b"closing", "decide", b"decide", "drop", b"drop", "expect", b"expect", "exports", b"exports", "forget", b"forget", "kind", b"kind", "refused", b"refused", "torn", b"torn", "welcome", b"welcome", "withdrawn", b"withdrawn", "write", b"write"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "bind", "exports", "bound", "opened", "arm", "write", "expect", "decide", "apply", "activate", "torn", "adopted", "closing", "drop", "forget", "withdrawn"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "bind", "exports", "bound", "arm", "write", "expect", "decide", "apply", "activate", "torn", "adopted", "closing", "drop", "forget", "withdrawn"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -840,30 +836,6 @@ class Bound(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Bound: _TypeAlias = Bound  # noqa: Y015
-
-@_typing.final
-class Opened(_message.Message):
-    """The number that version 0 of Publish became."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    VERSION_FIELD_NUMBER: _builtins.int
-    TAG_FIELD_NUMBER: _builtins.int
-    version: _builtins.int
-    tag: _builtins.str
-    def __init__(
-        self,
-        *,
-        version: _builtins.int = ...,
-        tag: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tag", b"tag", "version", b"version"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Opened: _TypeAlias = Opened  # noqa: Y015
 
 @_typing.final
 class Arm(_message.Message):
