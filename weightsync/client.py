@@ -52,6 +52,7 @@ __all__ = [
 
 # A page: packed writes of less cost more in requests than in bytes.
 _MIN_STAGING_BYTES = 4096
+_MAX_GATEWAYS = 64
 
 
 class Job:
@@ -83,6 +84,7 @@ class Job:
         ranks_per_node: int = 1,
         node_dedup: HopRule = "auto",
         relays: HopRule = "off",
+        gateways: int = 0,
         token_file: str | Path | None = None,
         ca_file: str | Path | None = None,
         cert_file: str | Path | None = None,
@@ -103,6 +105,9 @@ class Job:
                 "off"); one of them passes it on. Without effect where ranks_per_node is 1.
             relays: Whether equal replicas pass on to each other; a rank that is lost while it does
                 aborts the version like a source.
+            gateways: Processes that hold the members' connections, beside this one; for grpcs://
+                and jobs of some hundred ranks, where messages would take longer than a transfer
+                can spare: one for each 48 ranks. 0: this process holds them.
             token_file: The job's token, made by `weightsync certs`. For grpcs:// only, like the
                 following; None reads $WEIGHTSYNC_TOKEN_FILE.
             ca_file: None reads $WEIGHTSYNC_CA_FILE, else takes ca.pem beside the token.
@@ -116,6 +121,8 @@ class Job:
         """
         if min_replicas < 1:
             raise ConfigError(f"min_replicas={min_replicas}: at least 1")
+        if not 0 <= gateways <= _MAX_GATEWAYS:
+            raise ConfigError(f"gateways={gateways}: 0 to {_MAX_GATEWAYS}")
         options = CoreOptions(min_replicas=min_replicas, lease_s=lease_s)
         path = Path(journal) if journal is not None else None
         plans = PlanOptions(ranks_per_node=ranks_per_node, node_dedup=node_dedup, relays=relays)
@@ -132,7 +139,12 @@ class Job:
             )
             server, member = load_server(settings), load_member(settings)
         coordinator = Coordinator(
-            url, credentials=server, journal=path, options=options, plan_options=plans
+            url,
+            credentials=server,
+            journal=path,
+            options=options,
+            plan_options=plans,
+            num_gateways=gateways,
         )
         return cls(coordinator.url, coordinator, member)
 

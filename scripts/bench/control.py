@@ -1,20 +1,22 @@
 """What the control plane of a large fleet takes: real coordinator, real gRPC, members of a script.
 
-Usage: python scripts/bench/control.py [--sources N] [--replicas N] [--ranks N] [--versions N]
+Usage: python scripts/bench/control.py [--sources N] [--replicas N] [--ranks N] [--gateways N]
 
-The coordinator runs alone on one core, all members in one process on another; each has a connection
-of its own. Members answer at once and move no bytes, so that what is left is the protocol. Per
-version: `to_write_s` from the moment in which all sources publish until the last of them is told to
-write, `to_decide_s` from the first report of writes until the last source knows the decision, and
-the coordinator's CPU seconds over the messages that it took and sent, which is what a cluster calls
-`control_message_s`. Members are slower than the coordinator here, as they share a core: wall times
-are upper bounds.
+The coordinator, and its gateways if there are any, have one core, all members in one process have
+another; each has a TLS connection of its own. Members answer at once and move no bytes, so that
+what is left is the protocol. Per version: `to_write_s` from the moment in which all sources publish
+until the last of them is told to write, `to_decide_s` from the first report of writes until the
+last source knows the decision, and CPU seconds over messages taken and sent: of the coordinator,
+and of all gateways together. Without gateways the former is what a cluster calls
+`control_message_s`; with them it is `control_core_s`, and the latter `control_message_s`. Wall times
+are upper bounds: one process makes all members, and gateways would have a core each.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -28,13 +30,17 @@ from typing import Any
 import grpc
 import numpy as np
 
+from weightsync.certs import make_certs
 from weightsync.ir import Manifest, ManifestBuilder
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service import weightsync_pb2_grpc as rpc
 from weightsync.service.coordinator import Coordinator
 from weightsync.service.core_types import WIRE_VERSION
+from weightsync.service.credentials import load_member, load_server
 from weightsync.service.digests import pack_digests
+from weightsync.settings import Settings
 
+ANYWHERE = "grpcs://127.0.0.1:0"
 TIMEOUT_S = 300.0
 COLUMNS = 8
 BUCKETS_A_PAIR = 4  # Kimi-K2: 128,000 buckets of 32,768 pairs
@@ -54,8 +60,11 @@ def manifest(side: str, label: str, row: int, num_rows: int, all_rows: int) -> b
 class Fleet:
     """All members, on one loop."""
 
-    def __init__(self, url: str, sources: int, replicas: int, ranks: int) -> None:
-        self.url, self.num_sources, self.num_sinks = url, sources, replicas * ranks
+    def __init__(self, url: str, folder: Path, sources: int, replicas: int, ranks: int) -> None:
+        settings = Settings.resolve(job=url, token_file=folder / "token")
+        self.credentials = load_member(settings).channel_credentials()
+        self.target = url.removeprefix("grpcs://")
+        self.num_sources, self.num_sinks = sources, replicas * ranks
         self.hellos = [
             pb.Hello(
                 role=pb.SOURCE,
@@ -92,7 +101,9 @@ class Fleet:
             while True:
                 yield await self.outboxes[member].get()
 
-        async with grpc.aio.insecure_channel(self.url, options=options) as channel:
+        async with grpc.aio.secure_channel(
+            self.target, self.credentials, options=options
+        ) as channel:
             self.say(member, hello=self.hellos[member])
             async for message in rpc.CoordinatorStub(channel).Join(outgoing()):
                 self.num_messages += 1
@@ -137,13 +148,13 @@ class Fleet:
         self.waiting[kind] = 0
         return time.perf_counter()
 
-    async def run(self, num_versions: int, pid: int) -> list[dict[str, float]]:
+    async def run(self, num_versions: int, pids: list[int]) -> list[dict[str, float]]:
         """Join, then publish versions one after the other."""
         tasks = [asyncio.create_task(self.join(member)) for member in range(len(self.hellos))]
         await self.all_heard("bound", len(self.hellos))
         found = []
         for version in range(1, num_versions + 1):
-            self.num_messages, spent, began = 0, cpu_s(pid), time.perf_counter()
+            self.num_messages, spent, began = 0, [cpu_s(pid) for pid in pids], time.perf_counter()
             for source in range(self.num_sources):
                 self.say(source, publish=pb.Publish(version=version, timeout_s=TIMEOUT_S))
             written = await self.all_heard("write", self.num_sources)
@@ -152,14 +163,14 @@ class Fleet:
                 self.say(source, writes_done=done)
             decided = await self.all_heard("decide", self.num_sources)
             await self.all_heard("adopted", self.num_sources)
-            cpu = cpu_s(pid) - spent
+            cpu = [cpu_s(pid) - before for pid, before in zip(pids, spent, strict=True)]
             found.append(
                 {
                     "to_write_s": written - began,
                     "to_decide_s": decided - written,
                     "messages": self.num_messages,
-                    "coordinator_s": cpu,
-                    "message_s": cpu / self.num_messages,
+                    "coordinator_message_s": cpu[0] / self.num_messages,
+                    "gateways_message_s": sum(cpu[1:]) / self.num_messages,
                 }
             )
         for task in tasks:
@@ -177,11 +188,22 @@ def cpu_s(pid: int) -> float:
     return max(total, int(fields[0])) / 1e9
 
 
-def serve() -> None:
+def serve(folder: Path, gateways: int) -> None:
     """The coordinator, until its input ends."""
-    with Coordinator() as coordinator:
+    credentials = load_server(Settings.resolve(job=ANYWHERE, token_file=folder / "token"))
+    with Coordinator(ANYWHERE, credentials=credentials, num_gateways=gateways) as coordinator:
         print(coordinator.url, flush=True)
         sys.stdin.read()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that it started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
 
 
 def main() -> None:
@@ -191,24 +213,35 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--ranks", type=int, default=32, help="of a replica")
     parser.add_argument("--versions", type=int, default=6)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--gateways", type=int, default=0)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [cores[-1] if args.serve else cores[0]])
     if args.serve:
-        serve()
+        serve(args.serve, args.gateways)
         return
-    command = [sys.executable, __file__, "--serve"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            [
+                *(sys.executable, __file__),
+                *("--serve", str(make_certs(Path(folder) / "job", ["one"]).folder)),
+                *("--gateways", str(args.gateways)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as child,
+    ):
         assert child.stdin is not None and child.stdout is not None
         url = child.stdout.readline().strip()
-        fleet = Fleet(url, args.sources, args.replicas, args.ranks)
-        found = asyncio.run(fleet.run(args.versions, child.pid))
+        fleet = Fleet(url, Path(folder) / "job", args.sources, args.replicas, args.ranks)
+        found = asyncio.run(fleet.run(args.versions, [child.pid, *children(child.pid)]))
         child.stdin.close()
     medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
-    print(json.dumps({**vars(args), **medians}, indent=1))
+    fleet_of = {name: value for name, value in vars(args).items() if name != "serve"}
+    print(json.dumps({**fleet_of, **medians}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 
 from weightsync import failpoints
-from weightsync.errors import FencedError, InternalError, WeightSyncError
+from weightsync.errors import ConfigError, FencedError, InternalError, WeightSyncError
 from weightsync.ir.plan import PlanOptions
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service import weightsync_pb2_grpc as rpc
@@ -33,15 +33,16 @@ from weightsync.service.core_types import (
     Send,
 )
 from weightsync.service.credentials import ServerCredentials
+from weightsync.service.gateways import Gateways, Outlet, Streams
 from weightsync.service.journal import Journal
-from weightsync.service.listen import open_listener
+from weightsync.service.listen import Listener, TlsListener, open_listener
 from weightsync.service.planning import make_plan
 
 __all__ = ["Coordinator"]
 
 _log = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 40.0
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -55,9 +56,13 @@ class Coordinator:
         journal: SQLite file with the decisions; None keeps them in memory only.
         options: Rules of the job.
         plan_options: Budgets of its plans; staging is bounded by the sources besides.
+        num_gateways: Processes that hold the members' connections, for grpcs:// and large jobs; 0:
+            this process does.
 
     Raises:
-        ConfigError: The URL is taken, of a kind that is not served, or lacks credentials.
+        ConfigError: The URL is taken, of a kind that is not served, or lacks credentials; gateways
+            for a Unix socket.
+        InternalError: A gateway did not start.
     """
 
     def __init__(
@@ -68,14 +73,22 @@ class Coordinator:
         journal: Path | None = None,
         options: CoreOptions | None = None,
         plan_options: PlanOptions | None = None,
+        num_gateways: int = 0,
     ) -> None:
         self._listener = open_listener(url, credentials)
+        self._server: _Direct | Gateways = _Direct(self._listener, self)
+        if num_gateways:
+            if not isinstance(self._listener, TlsListener) or credentials is None:
+                raise ConfigError(
+                    f"job url {url}: gateways share a port; a job on a Unix socket has none"
+                )
+            self._server = Gateways(num_gateways, self._listener, credentials, self)
         self._options = options if options is not None else CoreOptions()
         self._plan_options = plan_options if plan_options is not None else PlanOptions()
         self._journal_path = journal
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
-        self._queues: dict[int, asyncio.Queue[pb.CoordinatorMessage | None]] = {}
+        self._outlets: dict[int, Outlet] = {}
         self._next_member = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = threading.Event()
@@ -133,21 +146,21 @@ class Coordinator:
     async def _serve(self) -> None:
         self._journal = Journal(self._journal_path)
         self._core = CoordinatorCore(self._options, self._journal.load())
-        server = self._listener.make_server()
-        rpc.add_CoordinatorServicer_to_server(_Service(self), server)
         try:
-            await self._listener.start(server)
+            await self._server.start()
         except BaseException:
+            await self._server.stop()
             self._journal.close()
             raise
         self._started.set()
         ticker = asyncio.create_task(self._tick())
         await self._stopping.wait()
         ticker.cancel()
-        for queue in self._queues.values():
-            queue.put_nowait(pb.CoordinatorMessage(closing=pb.Closing(reason="the job ended")))
-            queue.put_nowait(None)
-        await server.stop(grace=1.0)
+        closing = pb.CoordinatorMessage(closing=pb.Closing(reason="the job ended"))
+        for outlet in self._outlets.values():
+            outlet.put_nowait(closing)
+            outlet.put_nowait(None)
+        await self._server.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -158,41 +171,38 @@ class Coordinator:
             await asyncio.sleep(min(0.2, self._options.lease_s / 4))
             self._perform(self._core.tick(time.monotonic()))
 
-    async def _join(
-        self, messages: AsyncIterator[pb.MemberMessage]
-    ) -> AsyncGenerator[pb.CoordinatorMessage, None]:
-        self._next_member += 1
-        member = self._next_member
-        queue: asyncio.Queue[pb.CoordinatorMessage | None] = asyncio.Queue()
-        self._queues[member] = queue
-        reader = asyncio.create_task(self._read(member, messages))
-        try:
-            while (message := await queue.get()) is not None:
-                yield message
-        finally:
-            reader.cancel()
-            self._queues.pop(member, None)
-            self._perform(self._core.lost(time.monotonic(), member))
+    # ---- streams; see `Streams` ----
 
-    async def _read(self, member: int, messages: AsyncIterator[pb.MemberMessage]) -> None:
-        with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
-            async for message in messages:
-                self._perform(self._core.receive(time.monotonic(), member, message))
-        queue = self._queues.get(member)
-        if queue is not None:
-            queue.put_nowait(None)
+    def joined(self, outlet: Outlet) -> int:
+        """A stream begins; its number."""
+        self._next_member += 1
+        self._outlets[self._next_member] = outlet
+        return self._next_member
+
+    def heard(self, member: int, message: pb.MemberMessage) -> None:
+        """A message came in."""
+        self._perform(self._core.receive(time.monotonic(), member, message))
+
+    def left(self, member: int) -> None:
+        """The stream has ended."""
+        self._outlets.pop(member, None)
+        self._perform(self._core.lost(time.monotonic(), member))
+
+    def status(self) -> pb.StatusReply:
+        """How the job stands."""
+        return self._core.status()
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Send):
-                queue = self._queues.get(action.member)
-                if queue is not None:
+                outlet = self._outlets.get(action.member)
+                if outlet is not None:
                     _pass_failpoint(action.message)
-                    queue.put_nowait(action.message)
+                    outlet.put_nowait(action.message)
             elif isinstance(action, Disconnect):
-                queue = self._queues.get(action.member)
-                if queue is not None:
-                    queue.put_nowait(None)
+                outlet = self._outlets.get(action.member)
+                if outlet is not None:
+                    outlet.put_nowait(None)
             elif isinstance(action, Persist):
                 failpoints.hit("coordinator.voted")
                 try:
@@ -236,21 +246,57 @@ class Coordinator:
         self._perform(actions)
 
 
-class _Service(rpc.CoordinatorServicer):
-    """Hands gRPC calls to the coordinator; all run on its loop."""
+class _Direct:
+    """Serves streams in this process, on the coordinator's loop."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+    def __init__(self, listener: Listener, streams: Streams) -> None:
+        self._listener, self._streams = listener, streams
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen."""
+        self._server = self._listener.make_server()
+        rpc.add_CoordinatorServicer_to_server(_Service(self._streams), self._server)
+        await self._listener.start(self._server)
+
+    async def stop(self) -> None:
+        """Send what is left, then end."""
+        if self._server is not None:
+            await self._server.stop(grace=1.0)
+
+
+class _Service(rpc.CoordinatorServicer):
+    """Hands gRPC calls on."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
 
     async def Join(  # noqa: N802 - named by the .proto
         self, request_iterator: AsyncIterator[pb.MemberMessage], context: object
     ) -> AsyncIterator[pb.CoordinatorMessage]:
-        async with contextlib.aclosing(self._coordinator._join(request_iterator)) as messages:
-            async for message in messages:
+        queue: asyncio.Queue[pb.CoordinatorMessage | None] = asyncio.Queue()
+        member = self._streams.joined(queue)
+        reader = asyncio.create_task(self._read(member, queue, request_iterator))
+        try:
+            while (message := await queue.get()) is not None:
                 yield message
+        finally:
+            reader.cancel()
+            self._streams.left(member)
+
+    async def _read(
+        self,
+        member: int,
+        queue: asyncio.Queue[pb.CoordinatorMessage | None],
+        messages: AsyncIterator[pb.MemberMessage],
+    ) -> None:
+        with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
+            async for message in messages:
+                self._streams.heard(member, message)
+        queue.put_nowait(None)
 
     async def Status(self, request: pb.StatusRequest, context: object) -> pb.StatusReply:  # noqa: N802
-        return self._coordinator._core.status()
+        return self._streams.status()
 
 
 def _within(options: PlanOptions, staging_bytes: int) -> PlanOptions:

@@ -18,7 +18,7 @@ from weightsync.errors import ConfigError
 from weightsync.service.address import CHANNEL_OPTIONS, TcpAddress, UnixAddress, parse_url
 from weightsync.service.credentials import ServerCredentials, Token
 
-__all__ = ["Listener", "TokenCheck", "open_listener"]
+__all__ = ["Listener", "TlsListener", "TlsPort", "TokenCheck", "open_listener", "taken"]
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ _HEADER: Final = "authorization"
 _SCHEME: Final = b"Bearer "
 _LOG_EVERY_S: Final = 10.0
 _TCP_OPTIONS: Final[list[tuple[str, Any]]] = [
-    # Without it a second job could share the port and take half of the members.
-    ("grpc.so_reuseport", 0),
     # Members ask every 10 s whether this host is still there; see `address`.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
@@ -77,7 +75,7 @@ def open_listener(url: str | None, credentials: ServerCredentials | None) -> Lis
             f"job url {url}: a job is served on a network with TLS and a token only; run "
             "`weightsync certs` and pass token_file="
         )
-    return _TlsListener(address, credentials)
+    return TlsListener(address, credentials)
 
 
 class _UnixListener:
@@ -128,33 +126,84 @@ class _UnixListener:
                     raise ConfigError(f"a job is served at {self.url} already; choose another")
 
 
-class _TlsListener:
-    """Everybody connects; who has not the token is heard no further."""
+class TlsPort:
+    """Everybody connects; who has not the token is heard no further.
+
+    Args:
+        address: Where; port 0: a free one.
+        token: Asked for in every call.
+        credentials: The server's certificate and key.
+        is_shared: Processes of one job listen here together.
+    """
+
+    def __init__(
+        self,
+        address: TcpAddress,
+        token: Token,
+        credentials: grpc.ServerCredentials,
+        *,
+        is_shared: bool = False,
+    ) -> None:
+        self.address = address
+        self._token, self._credentials = token, credentials
+        self._is_shared = is_shared
+
+    def make_server(self) -> grpc.aio.Server:
+        """See `Listener`."""
+        # Not shared, or a second job could listen there too and take half of the members.
+        shared = ("grpc.so_reuseport", int(self._is_shared))
+        return grpc.aio.server(
+            interceptors=[TokenCheck(self._token)],
+            options=[*CHANNEL_OPTIONS, *_TCP_OPTIONS, shared],
+        )
+
+    async def start(self, server: grpc.aio.Server) -> int:
+        """Listen; the port.
+
+        Raises:
+            ConfigError: It is taken.
+        """
+        try:
+            port = server.add_secure_port(str(self.address), self._credentials)
+        except RuntimeError as error:
+            # gRPC says why on stderr only.
+            raise taken(self.address) from error
+        await server.start()
+        return port
+
+
+def taken(address: TcpAddress) -> ConfigError:
+    """Why nobody listens there."""
+    return ConfigError(
+        f"cannot listen on {address}: the port is taken, or the address is none of this host's; "
+        "choose another port, or 0 for a free one"
+    )
+
+
+class TlsListener:
+    """A port, and the name under which members connect to it.
+
+    Args:
+        address: Where to listen.
+        credentials: For everybody who connects.
+    """
 
     def __init__(self, address: TcpAddress, credentials: ServerCredentials) -> None:
-        self._address, self._credentials = address, credentials
+        self.port = TlsPort(address, credentials.token, credentials.server_credentials())
         self._public_host = _public_host(address, credentials)
         self.url = f"grpcs://{self._public_host}:{address.port}"
 
     def make_server(self) -> grpc.aio.Server:
-        return grpc.aio.server(
-            interceptors=[TokenCheck(self._credentials.token)],
-            options=[*CHANNEL_OPTIONS, *_TCP_OPTIONS],
-        )
+        """See `Listener`."""
+        return self.port.make_server()
 
     async def start(self, server: grpc.aio.Server) -> None:
-        try:
-            port = server.add_secure_port(
-                str(self._address), self._credentials.server_credentials()
-            )
-        except RuntimeError as error:
-            # gRPC says why on stderr only.
-            raise ConfigError(
-                f"cannot listen on {self._address}: the port is taken, or the address is none of "
-                "this host's; choose another port, or 0 for a free one"
-            ) from error
+        """See `Listener`."""
+        self.at(await self.port.start(server))
+
+    def at(self, port: int) -> None:
+        """The number that port 0 became."""
         self.url = f"grpcs://{self._public_host}:{port}"
-        await server.start()
 
     def close(self) -> None:
         """Nothing lies anywhere."""
