@@ -75,7 +75,9 @@ class Cluster:
         bucket_overhead_s: Fixed time of one bucket in each stage of the executor.
         latency_s: From a write leaving one NIC to its arrival, without queues.
         control_round_trip_s: Coordinator to member and back.
-        control_message_s: The coordinator's work on one message.
+        control_message_s: Work on one message of the process that holds its stream: the
+            coordinator, or one of its gateways.
+        control_core_s: The coordinator's own part of it, where gateways do the other.
         journal_s: Until a decision is on the coordinator's disk.
         gpu_memory_bytes: Of one GPU.
 
@@ -104,6 +106,7 @@ class Cluster:
     latency_s: float
     control_round_trip_s: float
     control_message_s: float
+    control_core_s: float
     journal_s: float
     gpu_memory_bytes: int
 

@@ -20,7 +20,14 @@ from weightsync.errors import PlanBudgetError
 from weightsync.ir.plan import STAGED_BUCKETS, Plan
 from weightsync.ir.tables import BoolArray, IntArray, sum_by
 from weightsync.planners.cluster import Cluster, Quality
-from weightsync.planners.protocol import armed_s, decided_s, in_turn, pause_s
+from weightsync.planners.protocol import (
+    armed_s,
+    decided_s,
+    gateways_for,
+    in_turn,
+    pause_s,
+    through_gateways,
+)
 from weightsync.planners.sending import ForwardingSender, Sender, StageWork
 from weightsync.planners.traffic import BucketWork, bucket_work
 from weightsync.planners.wire import Wire
@@ -61,6 +68,7 @@ class Prediction:
         source_utilisation, sink_utilisation: Share of what each port could have carried in
             `wire_s`, `(ports,)`.
         rails_per_port: NICs that a port consists of; each carries an equal share.
+        num_gateways: Processes that hold the ranks' connections; 0: the coordinator does.
     """
 
     predicted_s: float
@@ -80,6 +88,7 @@ class Prediction:
     source_utilisation: Floats
     sink_utilisation: Floats
     rails_per_port: int
+    num_gateways: int
 
     def busy_s(self, stage: str) -> Floats:
         """Return the seconds that each sender, or sink, spent in a stage; flows overlap.
@@ -134,6 +143,7 @@ def predict(
     staging_bytes: int | None = None,
     is_offloaded: bool = False,
     mode: Mode = "staged",
+    num_gateways: int | None = None,
 ) -> Prediction:
     """Predict one update.
 
@@ -146,6 +156,7 @@ def predict(
             does.
         is_offloaded: The sources' weights are in host memory.
         mode: Whether versions land beside the live weights or in them.
+        num_gateways: Of the job; None takes as many as its ranks do well with.
 
     Raises:
         PlanBudgetError: A bucket needs more staging than the budget.
@@ -157,6 +168,9 @@ def predict(
     work = bucket_work(plan) if work is None else work
     num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
     rates = _Rates.of(cluster, quality, is_offloaded)
+    if num_gateways is None:
+        num_gateways = gateways_for(num_sources + num_sinks)
+    cluster = through_gateways(cluster, num_gateways)
     begin_s = armed_s(num_sources, num_sinks, cluster)
     stages = _stage_seconds(plan, work, cluster, rates, is_offloaded)
     budgets = _budgets(plan, staging_bytes)
@@ -221,6 +235,7 @@ def predict(
         source_utilisation=ports[0] / capacity,
         sink_utilisation=ports[1] / capacity,
         rails_per_port=cluster.rails_per_port,
+        num_gateways=num_gateways,
     )
 
 

@@ -1,11 +1,14 @@
 """What the protocol adds to a transfer: opening a version, deciding it, adopting it.
 
-Follows docs/protocol.md. The coordinator takes one message at a time.
+Follows docs/protocol.md. The coordinator takes one message at a time; gateways, where a job has
+them, take several beside each other.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +18,35 @@ from weightsync.ir.tables import IntArray, sum_by
 from weightsync.planners.cluster import Cluster, Quality
 from weightsync.units import GB
 
-__all__ = ["armed_s", "decided_s", "in_turn", "pause_s"]
+__all__ = ["armed_s", "decided_s", "gateways_for", "in_turn", "pause_s", "through_gateways"]
 
 Floats = NDArray[np.float64]
 
-# Pairs of source and sink whose digests are sorted while one message is handled; measured.
-_PAIRS_A_MESSAGE = 250
+# Pairs of source and sink whose digests the coordinator sorts while it decides about one message.
+_PAIRS_A_MESSAGE: Final = 100
+_FEW_MEMBERS: Final = 128
+_MEMBERS_A_GATEWAY: Final = 48
+
+
+def gateways_for(num_members: int) -> int:
+    """Return how many gateways a job of so many ranks does well to have; 0 for a small one."""
+    return 0 if num_members < _FEW_MEMBERS else -(-num_members // _MEMBERS_A_GATEWAY)
+
+
+def through_gateways(cluster: Cluster, num_gateways: int) -> Cluster:
+    """Return a cluster whose messages cost what they do through gateways.
+
+    Gateways and coordinator work beside each other, so that the slower one sets the pace; a message
+    passes through both.
+    """
+    if num_gateways == 0:
+        return cluster
+    alone_s = cluster.control_message_s
+    return dataclasses.replace(
+        cluster,
+        control_message_s=max(cluster.control_core_s, alone_s / num_gateways),
+        control_round_trip_s=cluster.control_round_trip_s + 2 * alone_s,
+    )
 
 
 def armed_s(num_sources: int, num_sinks: int, cluster: Cluster) -> float:
@@ -82,7 +108,10 @@ def decided_s(
     tells[sender] = True
     handling = np.where(tells, message, 0.0)
     heard = in_turn(np.zeros(len(written), np.int64), written + way_s, handling, 1)
-    sorted_s = float(heard[tells].max(initial=begin_s)) + num_pairs * message / _PAIRS_A_MESSAGE
+    sorted_s = (
+        float(heard[tells].max(initial=begin_s))
+        + num_pairs * cluster.control_core_s / _PAIRS_A_MESSAGE
+    )
     told = sorted_s + message * np.arange(1, num_sinks + 1)
     ready = np.full(num_sinks, begin_s)  # where there is nothing to compare
     np.maximum.at(ready, dst, np.maximum(verified, told[dst] + way_s))

@@ -2,8 +2,8 @@
 
 Usage: python scripts/bench/control.py [--sources N] [--replicas N] [--ranks N] [--gateways N]
 
-The coordinator, and its gateways if there are any, have one core, all members in one process have
-another; each has a TLS connection of its own. Members answer at once and move no bytes, so that
+The coordinator has one core, all members in one process have another, and gateways if there are
+any; each member has a TLS connection of its own. Members answer at once and move no bytes, so that
 what is left is the protocol. Per version: `to_write_s` from the moment in which all sources publish
 until the last of them is told to write, `to_decide_s` from the first report of writes until the
 last source knows the decision, and CPU seconds over messages taken and sent: of the coordinator,
@@ -86,7 +86,9 @@ class Fleet:
             for replica in range(replicas)
             for rank in range(ranks)
         ]
-        self.outboxes: list[asyncio.Queue[pb.MemberMessage]] = [asyncio.Queue() for _ in self.hellos]
+        self.outboxes: list[asyncio.Queue[pb.MemberMessage]] = [
+            asyncio.Queue() for _ in self.hellos
+        ]
         self.num_messages = 0
         self.waiting = {"bound": 0, "write": 0, "decide": 0, "adopted": 0}
         self.changed = asyncio.Event()
@@ -237,7 +239,11 @@ def main() -> None:
         assert child.stdin is not None and child.stdout is not None
         url = child.stdout.readline().strip()
         fleet = Fleet(url, Path(folder) / "job", args.sources, args.replicas, args.ranks)
-        found = asyncio.run(fleet.run(args.versions, [child.pid, *children(child.pid)]))
+        gateways = children(child.pid)
+        for pid in gateways:
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), [cores[0]])
+        found = asyncio.run(fleet.run(args.versions, [child.pid, *gateways]))
         child.stdin.close()
     medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
     fleet_of = {name: value for name, value in vars(args).items() if name != "serve"}

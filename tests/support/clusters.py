@@ -54,6 +54,7 @@ def cluster(**changes: Any) -> Cluster:
         "latency_s": 0.0,
         "control_round_trip_s": 0.0,
         "control_message_s": 0.0,
+        "control_core_s": 0.0,
         "journal_s": 0.0,
         "gpu_memory_bytes": 1 << 30,
     }
@@ -84,6 +85,7 @@ def random_cluster(rng: random.Random) -> Cluster:
         latency_s=rng.uniform(0, 1e-7),
         control_round_trip_s=rng.uniform(0, 1e-7),
         control_message_s=rng.uniform(0, 1e-8),
+        control_core_s=rng.uniform(0, 1e-8),
         journal_s=rng.uniform(0, 1e-7),
         **{
             f"{key}_gb_per_s": rate(4)

@@ -31,6 +31,7 @@ KEYS = {
     "bytes_total", "bytes_per_source", "bytes_per_sink", "plan_seconds", "limits",
     "physical_limit_s", "limiting", "predicted_s", "commit_s", "pause_s", "efficiency",
     "memory_per_rank", "peak_staging_bytes", "digest", "strategy", "bytes_passed_on",
+    "gateways",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from weightsync.ir.repeat import repeat_ranks
 from weightsync.planners.limits import limits_of
 from weightsync.planners.planner import plan_transfer
 from weightsync.planners.predict import STAGES, predict
-from weightsync.planners.protocol import armed_s, in_turn
+from weightsync.planners.protocol import armed_s, gateways_for, in_turn
 from weightsync.planners.traffic import traffic_of
 
 MB = 500_000  # BF16 elements of a megabyte
@@ -175,22 +175,44 @@ def test_items_wait_for_those_before_them_in_their_lane() -> None:
 
 def test_opening_and_deciding_take_round_trips_messages_and_a_disk() -> None:
     plan = _plan([{"a": MB}], [{"a": MB}, {"a": MB}])
-    where = cluster(control_round_trip_s=2.0, control_message_s=0.1, journal_s=5.0)
+    where = cluster(
+        control_round_trip_s=2.0, control_message_s=0.1, control_core_s=0.01, journal_s=5.0
+    )
     found = predict(plan, where)
     # Publish there (1.0), handled (0.1), two Arms (0.2), the last one there and Armed back (2.0),
     # handled after the other one (0.1), Write (0.1), which is on its way (1.0).
     begin = 4.5
     assert armed_s(1, 2, where) == pytest.approx(begin)
     assert found.start_s[0, 0] == pytest.approx(begin)
-    # WritesDone there (1.0), handled (0.1), two pairs sorted (0.0008), two Expects (0.2), the last
+    # WritesDone there (1.0), handled (0.1), two pairs sorted (0.0002), two Expects (0.2), the last
     # one there (1.0), its vote (1.0 + 0.1), journal (5.0), one source told (0.1), which is on
     # its way (1.0).
-    end = begin + 2 * MS + 9.5008
+    end = begin + 2 * MS + 9.5002
     assert found.predicted_s == pytest.approx(end)
-    assert found.commit_s == pytest.approx(9.5008)
+    assert found.commit_s == pytest.approx(9.5002)
     # Two round trips, four messages of two sinks, and a copy of no cost.
     assert found.pause_s == pytest.approx(4.8)
     assert predict(plan, where, mode="in_place").pause_s == pytest.approx(end)
+
+
+@pytest.mark.parametrize(
+    ("num_gateways", "message_s", "round_trip_s"), [(0, 0.4, 2.0), (2, 0.2, 2.8), (8, 0.1, 2.8)]
+)
+def test_gateways_work_beside_each_other_and_the_coordinator(
+    num_gateways: int, message_s: float, round_trip_s: float
+) -> None:
+    plan = _plan([{"a": MB}], [{"a": MB}])
+    costs = {"control_round_trip_s": 2.0, "control_message_s": 0.4, "control_core_s": 0.1}
+    found = predict(plan, cluster(**costs), num_gateways=num_gateways)
+    costs |= {"control_round_trip_s": round_trip_s, "control_message_s": message_s}
+    same = predict(plan, cluster(**costs), num_gateways=0)
+    assert found.predicted_s == pytest.approx(same.predicted_s)
+    assert found.num_gateways == num_gateways
+
+
+def test_large_jobs_have_gateways() -> None:
+    assert [gateways_for(num) for num in (2, 127, 128, 384)] == [0, 0, 3, 8]
+    assert predict(_plan([{"a": MB}], [{"a": MB}]), cluster()).num_gateways == 0
 
 
 def test_each_bucket_has_a_fixed_cost_in_each_stage() -> None:

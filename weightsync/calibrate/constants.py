@@ -44,6 +44,7 @@ _TINY: Final[dict[str, Any]] = {
     "tie_word_embeddings": False,
 }
 _MANY_BUCKET_BYTES: Final = 2 * KIB
+_CORE_SHARE: Final = 0.3  # of a message's cost that gateways do not take off the coordinator
 
 
 _HOW: Final = {
@@ -147,8 +148,12 @@ def calibrate(
         "bucket_overhead_s": f"fitted: {num_more} buckets more from one source to one sink",
         "control_message_s": f"fitted: {len(fleet.sources)} sources publish hardly any bytes to "
         f"{len(fleet.sinks)} sinks in {seconds * 1e3:.1f} ms",
+        "control_core_s": f"{_CORE_SHARE} of control_message_s, as scripts/bench/control.py finds",
     }
-    return Calibration(dataclasses.replace(cluster, control_message_s=message_s), how)
+    cluster = dataclasses.replace(
+        cluster, control_message_s=message_s, control_core_s=_CORE_SHARE * message_s
+    )
+    return Calibration(cluster, how)
 
 
 def _nic_text(wiring: Wiring) -> str:
@@ -193,6 +198,7 @@ def _alone(fleet: Fleet, wiring: Wiring, on_step: Callable[[str], None]) -> Clus
         latency_s=latency_s,
         control_round_trip_s=median(trips),
         control_message_s=0.0,
+        control_core_s=0.0,
         journal_s=journal_s,
         gpu_memory_bytes=wiring.memory_bytes,
     )

@@ -33,7 +33,7 @@ _MANY: Final = 1.15  # a number this much larger than another is worth a word
 
 def advice(report: PlanReport) -> list[str]:
     """Say what limits an update and what would make it faster; one sentence or two each."""
-    found = [*_fixed(report), *_limiting(report), *_memory(report)]
+    found = [*_fixed(report), *_limiting(report), *_memory(report), *_gateways(report)]
     return found if _is_fixed(report) else [*found, *_waiting(report)]
 
 
@@ -92,6 +92,14 @@ def _waiting(report: PlanReport) -> Iterator[str]:
             f"{format_seconds(report.cluster.control_message_s)} a message "
             "(cluster.control_message_s) and "
             f"{format_seconds(report.cluster.control_round_trip_s)} a round trip."
+        )
+
+
+def _gateways(report: PlanReport) -> Iterator[str]:
+    if number := report.prediction.num_gateways:
+        yield (
+            f"Predicted with {number} gateways, processes that hold the ranks' connections for the "
+            f"coordinator: start the job with gateways={number}."
         )
 
 

@@ -119,6 +119,7 @@ def read_choices(groups: Mapping[str, Values]) -> DryRun:
         if key in transport:
             options[key] = _option(key, transport.pop(key))
     staging = transport.pop("staging_bytes", None)
+    gateways = transport.pop("gateways", None)
     for key in transport:
         raise ConfigError(f"transport.{key}: no such budget")
     hops = {key: _rule(key, rollout[key]) for key in HOP_KEYS if key in rollout}
@@ -138,13 +139,14 @@ def read_choices(groups: Mapping[str, Values]) -> DryRun:
             mode=rollout.get("mode", "staged"),
             is_offloaded=trainer.get("offloaded", False),
             staging_bytes=None if staging is None else _option("staging_bytes", staging),
+            gateways=None if gateways is None else _option("gateways", gateways),
             trainer_keys=trainer,
             rollout_keys=rollout,
         )
     except ConfigError as error:
         if error.key is None:
             raise
-        group = "trainer" if error.key == "offloaded" else "rollout"
+        group = {"offloaded": "trainer", "gateways": "transport"}.get(error.key, "rollout")
         raise ConfigError(f"{error}; change {group}.{error.key}", **error.context) from error
 
 

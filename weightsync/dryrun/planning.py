@@ -47,6 +47,7 @@ def plan(
     mode: Mode = "staged",
     is_offloaded: bool = False,
     staging_bytes: int | None = None,
+    gateways: int | None = None,
 ) -> PlanReport:
     """Plan a transfer that nobody started: the same plan as a job with these layouts makes.
 
@@ -65,6 +66,7 @@ def plan(
         mode: Whether versions land beside the live weights or in them.
         is_offloaded: The sources' weights are in host memory.
         staging_bytes: Budget of each source; None takes eight of its largest buckets.
+        gateways: As in `Job.start`; None takes as many as so many ranks do well with.
 
     Returns:
         The report; nothing in it was measured but `plan_seconds`.
@@ -91,6 +93,7 @@ def plan(
         mode=mode,
         is_offloaded=is_offloaded,
         staging_bytes=staging_bytes,
+        gateways=gateways,
         trainer_keys=describe(trainer),
         rollout_keys=describe(rollout),
     ).run()
@@ -140,6 +143,7 @@ class DryRun:
     mode: Mode
     is_offloaded: bool
     staging_bytes: int | None
+    gateways: int | None
     trainer_keys: Mapping[str, Any]
     rollout_keys: Mapping[str, Any]
 
@@ -151,6 +155,8 @@ class DryRun:
             )
         if mode not in ("staged", "in_place"):
             raise ConfigError(f"mode must be staged or in_place, not {mode!r}", key="mode")
+        if self.gateways is not None and self.gateways < 0:
+            raise ConfigError(f"gateways must not be {self.gateways}", key="gateways")
         if not isinstance(self.is_offloaded, bool):
             raise ConfigError(
                 f"offloaded must be true or false, not {self.is_offloaded!r}", key="offloaded"
@@ -213,6 +219,7 @@ class DryRun:
             staging_bytes=self.staging_bytes,
             is_offloaded=self.is_offloaded,
             mode=self.mode,
+            num_gateways=self.gateways,
         )
 
 

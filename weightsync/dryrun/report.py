@@ -123,6 +123,7 @@ class PlanReport:
             "bytes_per_sink": _spread(plan.bytes_per_sink()),
             "bytes_passed_on": int(plan.bytes_per_forwarder().sum()),
             "strategy": self.limits.strategy,
+            "gateways": prediction.num_gateways,
             "plan_seconds": self.plan_seconds,
             "limits": self.limits.by_name(),
             "physical_limit_s": self.limits.physical_limit_s,

@@ -91,6 +91,7 @@ class _Gateway:
         self._numbers = itertools.count(1)
         self._streams: dict[int, asyncio.Queue[bytes | None]] = {}
         self._replies: dict[int, asyncio.Future[bytes]] = {}
+        self._outbox: list[bytes] = []
 
     async def serve(self) -> None:
         """Listen until the coordinator says Close or is gone."""
@@ -117,7 +118,7 @@ class _Gateway:
             self._writer.write(frame(Kind.FAILED, payload=str(error).encode()))
             await self._writer.drain()
             return
-        self._writer.write(frame(Kind.READY))
+        self._send(frame(Kind.READY))
         while (found := await self._next())[0] is not Kind.CLOSE:
             self._deliver(*found)
         await server.stop(_GRACE_S)
@@ -125,6 +126,16 @@ class _Gateway:
     async def _next(self) -> tuple[Kind, int, bytes]:
         length, kind, stream = HEADER.unpack(await self._reader.readexactly(HEADER.size))
         return Kind(kind), stream, await self._reader.readexactly(length)
+
+    def _send(self, data: bytes) -> None:
+        """Send soon, with all that others say meanwhile: each time costs the coordinator."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(data)
+
+    def _flush(self) -> None:
+        self._writer.writelines(self._outbox)
+        self._outbox.clear()
 
     def _deliver(self, kind: Kind, stream: int, payload: bytes) -> None:
         if kind is Kind.STATUS:
@@ -144,12 +155,12 @@ class _Gateway:
         finally:
             reader.cancel()
             del self._streams[stream]
-            self._writer.write(frame(Kind.END, stream))
+            self._send(frame(Kind.END, stream))
 
     async def _read(self, stream: int, requests: AsyncIterator[bytes]) -> None:
         with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
             async for payload in requests:
-                self._writer.write(frame(Kind.MESSAGE, stream, payload))
+                self._send(frame(Kind.MESSAGE, stream, payload))
                 await self._writer.drain()  # a flood waits where it comes from
         if (queue := self._streams.get(stream)) is not None:
             queue.put_nowait(None)
@@ -158,7 +169,7 @@ class _Gateway:
         number = next(self._numbers)
         self._replies[number] = asyncio.get_running_loop().create_future()
         try:
-            self._writer.write(frame(Kind.STATUS, number, request))
+            self._send(frame(Kind.STATUS, number, request))
             return await self._replies[number]
         finally:
             del self._replies[number]
