@@ -111,7 +111,8 @@ def cut_buckets(
     if fans is not None and len(fans.buffer):
         kind += 2 * np.where(fan >= 0, fans.ranks[fan] + 1, 0)
     if kind.any():
-        line = np.lexsort((lowered.dst_offset, lowered.dst_buffer, kind, dst_rank, src_rank))
+        # What is passed on goes first: nothing is left to do when the last byte is there.
+        line = np.lexsort((lowered.dst_offset, lowered.dst_buffer, -kind, dst_rank, src_rank))
         src_rank, dst_rank, kind = src_rank[line], dst_rank[line], kind[line]
     changes = np.ones(num, np.bool_)
     changes[1:] = (src_rank[1:] != src_rank[:-1]) | (dst_rank[1:] != dst_rank[:-1])
