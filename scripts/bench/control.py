@@ -8,8 +8,8 @@ what is left is the protocol. Per version: `to_write_s` from the moment in which
 until the last of them is told to write, `to_decide_s` from the first report of writes until the
 last source knows the decision, and CPU seconds over messages taken and sent: of the coordinator,
 and of all gateways together. Without gateways the former is what a cluster calls
-`control_message_s`; with them it is `control_core_s`, and the latter `control_message_s`. Wall times
-are upper bounds: one process makes all members, and gateways would have a core each.
+`control_message_s`; with them it is `control_core_s`, and the latter `control_message_s`. Wall
+times are upper bounds: one process makes all members, and gateways would have a core each.
 """
 
 from __future__ import annotations
@@ -236,7 +236,8 @@ def main() -> None:
             text=True,
         ) as child,
     ):
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         url = child.stdout.readline().strip()
         fleet = Fleet(url, Path(folder) / "job", args.sources, args.replicas, args.ranks)
         gateways = children(child.pid)

@@ -16,6 +16,7 @@ import torch
 
 from support.pair import TIMEOUT_S, Pair, join_source
 from support.tls import any_server, tcp_server
+from support.toy import SHAPES, ToySourceLayout, toy_shard
 from weightsync import errors
 from weightsync.certs import make_certs, renew_certs
 from weightsync.client import Job, Source

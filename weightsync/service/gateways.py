@@ -112,17 +112,10 @@ class Gateways:
             self._place.close()
 
     async def _start_one(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "weightsync.service.gateway", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        loop = asyncio.get_running_loop()
+        ours, process = await asyncio.to_thread(_spawn)
         link = _Link(process, self._streams, self._ended)
         self._links.add(link)
-        await loop.create_unix_connection(lambda: link, sock=ours)
+        await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
         link.send(frame(Kind.SETUP, payload=self._setup))
         try:
             await asyncio.wait_for(link.ready, _START_S)
@@ -276,6 +269,18 @@ def _take(address: TcpAddress) -> socket.socket:
     except OSError as error:
         raise taken(address) from error
     return held
+
+
+def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """A new gateway, and our end of the socket pair to it."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "weightsync.service.gateway", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    return ours, process
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -134,6 +134,14 @@ class Session:
             self._reader.join(timeout=1.0)
         self._channel.close()
 
+    def reset(self, timeout_s: float) -> None:
+        """Break the connection: what is on its way in it reaches nobody. `on_lost` has run then.
+
+        Not to be called from a handler. Blocks up to `timeout_s`.
+        """
+        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._reader.join(timeout_s)
+
     def _raise_refusal(self) -> None:
         if self._refusal is not None:
             self.close()

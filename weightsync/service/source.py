@@ -189,11 +189,15 @@ class SourceMember(Member):
         )
         if opened.stage is None and time.monotonic() >= opened.deadline:
             # Nobody tells us the decision any more. A commit needs this rank's word that all was
-            # written, so the weights are the user's again as soon as nothing reads them.
+            # written, so the weights are the user's again as soon as nothing reads them. What is
+            # still on its way to us was meant for this version, and must not meet the next one.
             opened.cancel.set()
+            session = self.session
+            if session is not None:
+                session.reset(_GRACE_S)
             if self.drain(_GRACE_S):
                 with self.changed:
-                    opened.error = opened.error or error
+                    opened.error = error
                     self.changed.notify_all()
         return error
 
