@@ -59,6 +59,19 @@ def test_replicas_that_nobody_pointed_out_are_planned_the_same(seed: int) -> Non
     assert Plan.from_bytes(plan.to_bytes()) == plan
 
 
+@settings(max_examples=scaled(40, 1000), deadline=None)
+@given(seeds)
+def test_each_pair_begins_with_what_is_passed_on(seed: int) -> None:
+    plan = _planned(seed)
+    goes_on = np.zeros(len(plan.buckets), np.bool_)
+    goes_on[plan.edges[:, 0]] = True
+    for source, sink in set(zip(plan.buckets.src_rank, plan.buckets.dst_rank, strict=True)):
+        of_pair = (plan.buckets.src_rank == source) & (plan.buckets.dst_rank == sink)
+        of_pair[plan.num_direct :] = False
+        ends = goes_on[of_pair].tolist()
+        assert ends == sorted(ends, reverse=True)
+
+
 @settings(max_examples=scaled(60, 4000), deadline=None)
 @given(seeds)
 def test_a_corrupted_plan_with_hops_is_refused_or_still_right(seed: int) -> None:
