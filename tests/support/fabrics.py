@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -155,6 +156,29 @@ def _tcp(source: Sequence[str], sink: Sequence[str], *, is_private: bool) -> Cal
     )
 
 
+# What a local descriptor says where to knock: nobody listens there by another name.
+_KNOCK: Final = re.compile(rb"weightsync-[0-9a-f]{32}")
+
+
+class Elsewhere(Handle):
+    """An engine on another host, as far as the others' near fabric can tell."""
+
+    def connect(self, descriptor: bytes, timeout_s: float | None = 30.0) -> Remote:
+        changed = _KNOCK.sub(b"weightsync-" + 32 * b"0", descriptor)
+        return cast(Remote, self._engine.connect(changed, timeout_s))
+
+
+def _mixed(fabric: str, *, is_near: bool, is_private: bool, **options: Any) -> Callable[[], Link]:
+    def make() -> Link:
+        source = open_fabric(fabric, name="source", **options)
+        sink = open_fabric(fabric, name="sink", **options)
+        if not is_near:
+            source = cast(Engine, Elsewhere(source))
+        return Link(source, sink, is_private)
+
+    return make
+
+
 def _cuda_ipc(source: str, sink: str) -> Callable[[], Link]:
     place = {"gpu": in_gpu, "host": _stay}
     return lambda: Link(
@@ -224,6 +248,11 @@ ALL_CASES: Final = (
     Case("tcp", _tcp(RAILS[:1], RAILS[:1], is_private=True)),
     Case("tcp-3-rails", _tcp(RAILS, RAILS, is_private=False)),
     Case("tcp-2-to-3-rails", _tcp(RAILS[:2], RAILS, is_private=True)),
+    Case("local+tcp", _mixed("local+tcp", is_near=True, is_private=False, addresses=RAILS[:1])),
+    Case(
+        "local+tcp-far",
+        _mixed("local+tcp", is_near=False, is_private=True, addresses=RAILS[:1]),
+    ),
     Case("sim", _sim()),
     Case(
         "sim-adverse",
