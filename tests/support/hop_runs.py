@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from support.fabrics import Case, Link
+from support.fabrics import Case, Link, settle
 from weightsync.errors import WeightSyncError
 from weightsync.ir import Manifest, ManifestBuilder, Plan, PlanOptions
 from weightsync.planners.planner import plan_transfer
@@ -130,15 +130,17 @@ class HopFleet:
         self.pool = ThreadPoolExecutor(32)
         self.epoch = 0
         for index in range(len(self.sinks)):
-            self.start_sink(index)
+            self._start_sink(index)
 
     # ---- set-up ----
 
-    def start_sink(self, index: int) -> tuple[Receiver, PassingOn] | None:
-        """A process for this rank; returns what an older one had, which stays as it was."""
-        old = None
-        if index < len(self.receivers):
-            old = self.receivers[index], self.hops[index]
+    def replace_sink(self, index: int) -> tuple[PassingOn, Receiver]:
+        """Another process for this rank; what the old one had stays as it was, for the caller."""
+        old = self.hops[index], self.receivers[index]
+        self._start_sink(index)
+        return old
+
+    def _start_sink(self, index: int) -> None:
         rank = self.sinks[index][1]
         live = {n: np.zeros_like(part(n, _sink_rows(n, rank), 0, as_stored=True)) for n in TENSORS}
         names = self._manifests[index].buffers.names
@@ -148,7 +150,6 @@ class HopFleet:
         self.live[index] = live
         self.receivers[index : index + 1] = [receiver]
         self.hops[index : index + 1] = [PassingOn(receiver, f"sink {self.sinks[index]}")]
-        return old
 
     def bind(self) -> None:
         """Every sink exports anew, every sender connects: one epoch."""
@@ -222,7 +223,8 @@ class Transfer:
     def __init__(self, fleet: HopFleet, version: int, frozen: int | None) -> None:
         self._fleet, self._version = fleet, version
         self.cancel = threading.Event()  # what all but the frozen hear
-        self.thaw = threading.Event()
+        self._end = threading.Event()  # what the frozen one hears, at last
+        self._thaw = threading.Event()
         self.stopped = threading.Event()  # the frozen one is
         self._reports: dict[int, dict[int, Any]] = {}
         self.num_bytes = [0] * NUM_SOURCES
@@ -234,16 +236,15 @@ class Transfer:
         for receiver in fleet.receivers:
             receiver.open_slots(version)
         start = fleet.pool.submit
-        deaf = threading.Event()
         self.sinks: list[Future[int | None]] = [
-            start(self._fill, index, deaf if index == frozen else self.cancel)
+            start(self._fill, index, self._end if index == frozen else self.cancel)
             for index in range(len(fleet.sinks))
         ]
         self.sources = [start(self._write, rank) for rank in range(NUM_SOURCES)]
 
     def _freeze(self) -> None:
         self.stopped.set()
-        assert self.thaw.wait(WAIT_S)
+        assert self._thaw.wait(WAIT_S)
 
     def _write(self, rank: int) -> None:
         fleet = self._fleet
@@ -281,16 +282,22 @@ class Transfer:
         for receiver in self._fleet.receivers:
             receiver.apply()
 
-    def given_up(self, sinks: list[int]) -> list[bool]:
-        """Cancel, as an abort does, and wait; for each of some sinks whether it had prepared."""
+    def give_up(self, sinks: list[int]) -> list[int]:
+        """Cancel, as an abort does, when sources have written; those of the sinks that prepared."""
+        for source in self.sources:
+            source.result(2 * WAIT_S)
         self.cancel.set()
-        return [_outcome(self.sinks[i]) is not None for i in sinks]
+        return [i for i in sinks if self.sinks[i].result(2 * WAIT_S) is not None]
 
-
-def _outcome(future: Future[int | None]) -> int | None:
-    try:
-        return future.result(2 * WAIT_S)
-    except WeightSyncError:
-        return None
+    def writes_late(self, frozen: int) -> bool:
+        """Let the frozen sink go on, and wait; whether all that it still wrote was taken."""
+        self._thaw.set()
+        settle(lambda: NUM_SOURCES + frozen in self._reports or self.sinks[frozen].done(), WAIT_S)
+        self._end.set()
+        try:
+            self.sinks[frozen].result(2 * WAIT_S)
+        except WeightSyncError:  # what it wrote to is fenced
+            pass
+        return NUM_SOURCES + frozen in self._reports
 
 
