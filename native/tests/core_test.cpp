@@ -190,10 +190,11 @@ TEST(no_lease_is_missed_by_a_new_registrar) {
         return by ? *static_cast<std::uint64_t*>(by.get()) : 0;
     };
     // It comes while a lease is being made ...
-    table.set_registrar(Registry::kNics, [&](std::uint64_t, std::uint64_t) -> std::shared_ptr<void> {
-        table.set_registrar(Registry::kNics, registered(2));
-        return std::make_shared<std::uint64_t>(1);
-    });
+    table.set_registrar(Registry::kNics,
+                        [&](std::uint64_t, std::uint64_t) -> std::shared_ptr<void> {
+                            table.set_registrar(Registry::kNics, registered(2));
+                            return std::make_shared<std::uint64_t>(1);
+                        });
     const auto made = table.add(4096, 64, nullptr);
     CHECK(by_whom(made) == 2);
     // ... or while one waits to be released, in vain.

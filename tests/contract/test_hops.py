@@ -17,7 +17,7 @@ from support.hop_runs import TENSORS, WAYS, HopFleet
 # One of each fabric: whether sinks are pushed to or pull is said by the mode. A wire of the sim
 # joins two engines only; hops on it are in tests/fault/test_sim_schedules.py.
 ONCE = ("local-push", "tcp", "ofi:tcp", "ofi:shm", "local+tcp", "cuda_ipc", "verbs")
-HOP_CASES = [case for case in CASES if case.name in ONCE or IS_LONG and "sim" not in case.name]
+HOP_CASES = [case for case in CASES if case.name in ONCE or (IS_LONG and "sim" not in case.name)]
 REPLICAS = 2
 
 

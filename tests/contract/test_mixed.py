@@ -157,5 +157,3 @@ def test_options_are_those_of_the_far_fabric() -> None:
         open_fabric("tcp", near_threads=2)
     for name in ("local+ofi:tcp", "cuda_ipc+verbs"):
         check_fabric(name)
-
-

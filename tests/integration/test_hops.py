@@ -41,7 +41,7 @@ RULES = {
 
 # With the fake GPU driver alone, whose run tests/contract/test_cuda_ipc.py starts.
 FABRICS = ["cuda_ipc"] if is_faked() else ["local", "tcp", "local+tcp"]
-# Each way and mode over each fabric is in tests/contract/test_hops.py; here once more in whole jobs.
+# Each way and mode over each fabric is in tests/contract/test_hops.py; here they are whole jobs.
 CASES = [
     (way, mode, fabric)
     for way in RULES

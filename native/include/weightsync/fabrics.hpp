@@ -57,7 +57,7 @@ struct TcpOptions {
 
 // What goes before a fabric between hosts.
 struct NearOptions {
-    std::string fabric;  // "local" or "cuda_ipc"; empty: nothing
+    std::string fabric;   // "local" or "cuda_ipc"; empty: nothing
     int num_threads = 0;  // as LocalOptions'
 };
 // `far` alone, or behind a fabric of the host. Throws what either throws.

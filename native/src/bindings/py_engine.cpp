@@ -401,11 +401,10 @@ void bind_engine(py::module_& m) {
             engine.close();
         });
 
-    py::class_<NearOptions>(m, "Near")
-        .def(py::init([](std::string fabric, int num_threads) {
-                 return NearOptions{std::move(fabric), num_threads};
-             }),
-             py::arg("fabric"), py::arg("num_threads"));
+    py::class_<NearOptions>(m, "Near").def(py::init([](std::string fabric, int num_threads) {
+                                               return NearOptions{std::move(fabric), num_threads};
+                                           }),
+                                           py::arg("fabric"), py::arg("num_threads"));
 
     m.def(
         "open_local",

@@ -30,10 +30,10 @@ void LocalMemory::follow(LeaseTable& leases) {
     if (is_following_) {
         return;
     }
-    leases.set_registrar(
-        Registry::kNics, [self = shared_from_this()](std::uint64_t address, std::uint64_t nbytes) {
-            return self->add(address, nbytes);
-        });
+    leases.set_registrar(Registry::kNics,
+                         [self = shared_from_this()](std::uint64_t address, std::uint64_t nbytes) {
+                             return self->add(address, nbytes);
+                         });
     is_following_ = true;
 }
 

@@ -1,5 +1,5 @@
-// Two fabrics as one: inside a host the near one, between hosts the far one. Which of them a pair of
-// processes uses is found when they connect; from then on the port is that fabric's own.
+// Two fabrics as one: inside a host the near one, between hosts the far one. Which of them a pair
+// of processes uses is found when they connect; from then on the port is that fabric's own.
 #include <string>
 #include <utility>
 
@@ -88,7 +88,8 @@ class MixedFabric final : public Fabric {
         const auto far_bytes = reader.get<std::uint32_t>();
         const std::span<const std::byte> both = reader.rest();
         if (near_bytes > both.size() || far_bytes != both.size() - near_bytes) {
-            throw Error(Scope::kConfig, "descriptor has another length than it says; it is damaged");
+            throw Error(Scope::kConfig,
+                        "descriptor has another length than it says; it is damaged");
         }
         try {
             return near_->connect(both.first(near_bytes), deadline);
