@@ -284,6 +284,7 @@ class SimWire:
 
 def open_cuda_ipc(name: str, num_threads: int) -> Engine: ...
 def open_local(name: str, num_threads: int) -> Engine: ...
+
 class Near:
     """A fabric that goes before another one inside a host; "" is none."""
 
