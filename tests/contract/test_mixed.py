@@ -5,6 +5,8 @@ The whole contract runs over both ways too (`local+tcp` and, in the long tier, `
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import cast
 
@@ -17,8 +19,10 @@ from weightsync.transport.base import Engine, Remote, Target
 from weightsync.transport.fabrics import check_fabric, open_fabric, open_for_job
 
 WAIT_S = 10.0
-NBYTES = 1 << 16
+NBYTES = 1 << 14
 FABRIC = "local+tcp"
+# Another PID namespace on the same network: its door is found, its memory is not.
+NAMESPACE = ["unshare", "--pid", "--fork"]
 
 
 class Trio:
@@ -123,6 +127,36 @@ def test_a_sink_that_is_gone_is_lost_by_both_ways(trio: Trio) -> None:
     for source in (trio.near, trio.far):
         with pytest.raises((FencedError, PeerLostError)):
             source.connect(descriptor, WAIT_S)
+
+
+# Says where to knock, and in the end what came.
+SINK = f"""
+import numpy as np
+from weightsync.transport.fabrics import open_fabric
+with open_fabric("{FABRIC}") as engine:
+    memory = engine.allocate({NBYTES})
+    target = engine.export([(0, memory, 0, {NBYTES})], np.array([2], np.int32), 4, 1)
+    print(target.descriptor.hex(), flush=True)
+    target.wait([0], 20.0)
+    target.flush()
+    print(bytes(memory).hex(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("prefix", "way"), [([], "local"), (NAMESPACE, "tcp")])
+def test_a_process_that_may_not_be_read_goes_the_far_way(
+    trio: Trio, prefix: list[str], way: str
+) -> None:
+    if prefix and subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no PID namespaces here: needs unshare, and the right to")
+    command = [*prefix, sys.executable, "-c", SINK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sink:
+        assert sink.stdout is not None
+        remote = trio.near.connect(bytes.fromhex(sink.stdout.readline()), WAIT_S)
+        assert remote.peer.startswith(f"{way} ")
+        for number in range(2):
+            remote.post(trio.half(number)).wait(WAIT_S)
+        assert bytes.fromhex(sink.stdout.readline()) == trio.payload.tobytes()
 
 
 def test_both_sides_must_be_of_one_fabric(trio: Trio) -> None:
