@@ -284,6 +284,12 @@ class SimWire:
 
 def open_cuda_ipc(name: str, num_threads: int) -> Engine: ...
 def open_local(name: str, num_threads: int) -> Engine: ...
+
+class Near:
+    """A fabric that goes before another one inside a host; "" is none."""
+
+    def __init__(self, fabric: str, num_threads: int) -> None: ...
+
 def open_ofi(
     name: str,
     provider: str,
@@ -291,9 +297,10 @@ def open_ofi(
     domains: list[str],
     trusted_network: bool,
     register_sources: bool,
+    near: Near,
 ) -> Engine: ...
 def open_tcp(
-    name: str, addresses: Sequence[str], num_streams: int, window_bytes: int
+    name: str, addresses: Sequence[str], num_streams: int, window_bytes: int, near: Near
 ) -> Engine: ...
 def open_verbs(
     name: str,
@@ -307,6 +314,7 @@ def open_verbs(
     timeout: int,
     retry_count: int,
     relaxed_ordering: bool,
+    near: Near,
 ) -> Engine: ...
 def verbs_problem() -> str:
     """Why libibverbs cannot be used, or ""."""

@@ -250,7 +250,8 @@ class Source:
             against what `weights` holds.
         staging_bytes: Budget of packed and cast bytes in flight; None takes eight buckets.
         timeout_s: Deadline of one version.
-        fabric: `local` (one host) or `tcp` (any hosts); sources and sinks use the same.
+        fabric: `local` (one host), `tcp` (any hosts) or both, `local+tcp`, or another of
+            `transport.FABRICS`; sources and sinks use the same.
         fabric_options: Of that fabric, as `transport.open_fabric` takes them: for `tcp`
             {"addresses": ["10.0.0.5"]}, one address for each rail; without it loopback only.
         threads: Threads of copy and digest kernels.
@@ -390,7 +391,8 @@ class Sink:
             tensors by the layout's names, flat and in the layout's dtypes, to be read during the
             call only. If it raises, the replica is TORN.
         timeout_s: Default deadline of `refit`.
-        fabric: `local` (one host) or `tcp` (any hosts); sources and sinks use the same.
+        fabric: `local` (one host), `tcp` (any hosts) or both, `local+tcp`, or another of
+            `transport.FABRICS`; sources and sinks use the same.
         fabric_options: Of that fabric, as `transport.open_fabric` takes them: for `tcp`
             {"addresses": ["10.0.0.5"]}, one address for each rail; without it loopback only.
         threads: Threads of copy and digest kernels.

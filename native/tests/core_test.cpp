@@ -186,22 +186,24 @@ TEST(no_lease_is_missed_by_a_new_registrar) {
         return [by](std::uint64_t, std::uint64_t) { return std::make_shared<std::uint64_t>(by); };
     };
     const auto by_whom = [](const std::shared_ptr<LeaseState>& lease) {
-        return lease->registration ? *static_cast<std::uint64_t*>(lease->registration.get()) : 0;
+        const auto& by = lease->registrations[static_cast<std::size_t>(Registry::kNics)];
+        return by ? *static_cast<std::uint64_t*>(by.get()) : 0;
     };
     // It comes while a lease is being made ...
-    table.set_registrar([&](std::uint64_t, std::uint64_t) -> std::shared_ptr<void> {
-        table.set_registrar(registered(2));
-        return std::make_shared<std::uint64_t>(1);
-    });
+    table.set_registrar(Registry::kNics,
+                        [&](std::uint64_t, std::uint64_t) -> std::shared_ptr<void> {
+                            table.set_registrar(Registry::kNics, registered(2));
+                            return std::make_shared<std::uint64_t>(1);
+                        });
     const auto made = table.add(4096, 64, nullptr);
     CHECK(by_whom(made) == 2);
     // ... or while one waits to be released, in vain.
-    table.set_registrar(nullptr);
+    table.set_registrar(Registry::kNics, nullptr);
     const auto kept = table.add(8192, 64, nullptr);
     const std::array<Write, 1> rows{{{8192, 0, 64, -1}}};
     const std::vector<LeaseState*> pins = table.pin(rows);
     const LeaseTable::Wait wait = [&](WakeWord&, const std::function<bool()>&, const Deadline&) {
-        table.set_registrar(registered(3));
+        table.set_registrar(Registry::kNics, registered(3));
         return false;
     };
     CHECK(scope_of([&] { table.release(kept, Deadline::after(0), wait); }) == Scope::kTimeout);
@@ -209,6 +211,25 @@ TEST(no_lease_is_missed_by_a_new_registrar) {
     table.unpin(pins);
     CHECK(table.pin(rows).size() == 1);  // it lives on
     table.unpin(pins);
+}
+
+TEST(two_registries_know_the_same_leases) {
+    LeaseTable table;
+    const auto nics = std::make_shared<int>();
+    const auto processes = std::make_shared<int>();
+    const auto before = table.add(4096, 64, nullptr);
+    table.set_registrar(Registry::kNics, [&](std::uint64_t, std::uint64_t) { return nics; });
+    table.set_registrar(Registry::kProcesses,
+                        [&](std::uint64_t, std::uint64_t) { return processes; });
+    const auto after = table.add(8192, 64, nullptr);
+    CHECK(nics.use_count() == 3 && processes.use_count() == 3);
+    table.set_registrar(Registry::kNics, nullptr);
+    const auto last = table.add(12288, 64, nullptr);
+    CHECK(nics.use_count() == 3 && processes.use_count() == 4);
+    for (const auto& lease : {before, after, last}) {
+        table.abandon(lease);
+    }
+    CHECK(nics.use_count() == 1 && processes.use_count() == 1);
 }
 
 TEST(cut_descriptors_never_read_past_their_end) {

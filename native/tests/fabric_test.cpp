@@ -34,6 +34,12 @@ std::shared_ptr<Engine> open_tcp(const char* name, std::vector<std::string> addr
     });
 }
 
+std::shared_ptr<Engine> open_mixed(const char* name) {
+    return Engine::open(name, [](EngineContext& context) {
+        return make_behind(context, {.fabric = "local"}, make_tcp_fabric(context, {}));
+    });
+}
+
 std::shared_ptr<Engine> open_ofi(const char* name, const char* provider, bool is_registered) {
     return Engine::open(name, [&](EngineContext& context) {
         OfiOptions options;
@@ -63,6 +69,8 @@ std::vector<Pair> all_pairs() {
                              open_tcp("sink", {"127.0.0.1", "127.0.0.2", "127.0.0.3"}), false},
                             {open_local("source"), open_local("sink"), false},
                             {open_local("source"), open_local("sink"), true},
+                            {open_mixed("source"), open_mixed("sink"), true},
+                            {open_mixed("source"), open_mixed("sink"), false},
                             {open_sim(wire, "source"), open_sim(wire, "sink"), true}};
     add_ofi_pairs(pairs);
     return pairs;

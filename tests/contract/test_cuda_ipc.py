@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import pytest
 
+from support import IS_LONG
 from support.cuda import HEADERS, Gpu, faked, is_faked, the_gpu
 from support.fabrics import Bytes, Handle, no_leaks, random_bytes, rows
 from support.peers import Peer
@@ -38,6 +39,7 @@ fake_only = pytest.mark.skipif(not is_faked(), reason="needs the fake driver; ru
 @pytest.mark.timeout(240)  # the first run compiles the fake driver
 def test_the_contract_over_a_fake_gpu() -> None:
     suites = ["tests/contract", "tests/property/test_fabric_cover.py", "tests/native"]
+    suites += ["tests/integration/test_hops.py"] if IS_LONG else []  # imports torch
     options = ["-q", "-p", "no:cacheprovider", "--timeout", "60", "-k", "cuda_ipc"]
     done = subprocess.run(  # a process of its own: the driver must be loaded first
         [sys.executable, "-m", "pytest", *options, *suites],

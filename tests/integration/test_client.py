@@ -38,7 +38,7 @@ class Fleet:
         **source: Any,
     ) -> None:
         # Every rank with rails of its own, as hosts have them.
-        options = {"addresses": list(RAILS[:2])} if fabric == "tcp" else {}
+        options = {"addresses": list(RAILS[:2])} if fabric in ("tcp", "local+tcp") else {}
         self.job = job
         self.stack = ExitStack()
         self.pool = self.stack.enter_context(ThreadPoolExecutor(16))

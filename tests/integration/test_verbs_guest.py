@@ -28,12 +28,15 @@ SUITES: Final = (
     "test_groups.py",
     "test_progress.py",
     "test_known_defects.py",
+    "test_hops.py",
 )
 OWN: Final = "tests/contract/test_verbs.py"
 PROCESSES: Final = "tests/contract/test_processes.py"
 RAILS: Final = ("verbs", "verbs-2-to-3")
 # Of the slow guest, which emulates a processor, and of the default tier: whether it works at all.
 FEW: Final = ("test_a_write_of_any_length_lands_exactly", "test_a_killed_peer")
+# Of the slow guest in the long tier, besides.
+HOPS: Final = ("sources_send_it_once[both-staged-verbs]", "lands_nowhere[staged-verbs]")
 LIMIT_S: Final = 600.0
 SLOW_LIMIT_S: Final = 400.0
 
@@ -114,3 +117,20 @@ def test_writes_land_and_lost_peers_are_named(
     expected = {name for name in wanted() if any(word in name for word in FEW)}
     assert sorted(expected - found["outcomes"].keys()) == []
     assert set(found["outcomes"].values()) == {"passed"}
+
+
+@pytest.mark.timeout(SLOW_LIMIT_S + 60)
+def test_sinks_pass_on_in_the_slow_guest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not IS_LONG:
+        pytest.skip("a minute and a half: make test-long")
+    if guest_kind() == "uml":
+        pytest.skip("part of all of it, above")
+    choice = "test_hops and staged-verbs and not 2-to-3 and (both or frozen)"
+    found = run_there(tmp_path, choice, SLOW_LIMIT_S)
+    say(capsys, found)
+    assert len(found["outcomes"]) == len(HOPS)
+    for ending in HOPS:
+        assert [o for name, o in found["outcomes"].items() if name.endswith(ending)] == ["passed"]
+    assert found["imported"] == []

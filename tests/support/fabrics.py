@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from support import IS_LONG
 from support.cuda import device_address, in_gpu, is_faked
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine, Lease, Memory, Remote, Target
@@ -155,6 +157,36 @@ def _tcp(source: Sequence[str], sink: Sequence[str], *, is_private: bool) -> Cal
     )
 
 
+# What a local descriptor says where to knock: nobody listens there by another name.
+_KNOCK: Final = re.compile(rb"weightsync-[0-9a-f]{32}")
+
+
+class Elsewhere(Handle):
+    """An engine on another host, as far as the others' near fabric can tell."""
+
+    def connect(self, descriptor: bytes, timeout_s: float | None = 30.0) -> Remote:
+        changed = _KNOCK.sub(b"weightsync-" + 32 * b"0", descriptor)
+        return cast(Remote, self._engine.connect(changed, timeout_s))
+
+
+def _mixed(
+    fabric: str,
+    *,
+    is_near: bool,
+    is_private: bool,
+    place: Callable[[Bytes], Bytes] = _stay,
+    **options: Any,
+) -> Callable[[], Link]:
+    def make() -> Link:
+        source = open_fabric(fabric, name="source", **options)
+        sink = open_fabric(fabric, name="sink", **options)
+        if not is_near:
+            source = cast(Engine, Elsewhere(source))
+        return Link(source, sink, is_private, place_source=place, place_sink=place)
+
+    return make
+
+
 def _cuda_ipc(source: str, sink: str) -> Callable[[], Link]:
     place = {"gpu": in_gpu, "host": _stay}
     return lambda: Link(
@@ -224,6 +256,12 @@ ALL_CASES: Final = (
     Case("tcp", _tcp(RAILS[:1], RAILS[:1], is_private=True)),
     Case("tcp-3-rails", _tcp(RAILS, RAILS, is_private=False)),
     Case("tcp-2-to-3-rails", _tcp(RAILS[:2], RAILS, is_private=True)),
+    Case("local+tcp", _mixed("local+tcp", is_near=True, is_private=False, addresses=RAILS[:1])),
+    Case(
+        "local+tcp-far",
+        _mixed("local+tcp", is_near=False, is_private=True, addresses=RAILS[:1]),
+        problem=lambda: None if IS_LONG else "as tcp, but for the way there: make test-long",
+    ),
     Case("sim", _sim()),
     Case(
         "sim-adverse",
@@ -241,8 +279,25 @@ ALL_CASES: Final = (
     Case("cuda_ipc", _cuda_ipc("gpu", "gpu"), problem=fake_gpu_problem),
     Case("cuda_ipc-from-host", _cuda_ipc("host", "gpu"), problem=fake_gpu_problem),
     Case("cuda_ipc-to-host", _cuda_ipc("gpu", "host"), problem=fake_gpu_problem),
+    Case(
+        "cuda_ipc+tcp",
+        _mixed("cuda_ipc+tcp", is_near=True, is_private=True, place=in_gpu),
+        problem=lambda: fake_gpu_problem() if IS_LONG else "as cuda_ipc: make test-long",
+    ),
+    Case(  # both want to know of leased memory
+        "cuda_ipc+ofi:tcp",
+        _mixed("cuda_ipc+ofi:tcp", is_near=True, is_private=True, register_sources=True),
+        problem=lambda: (
+            fake_gpu_problem() or ofi_problem() if IS_LONG else "as cuda_ipc: make test-long"
+        ),
+    ),
     Case("verbs", _verbs(1, 1), problem=verbs_problem),
     Case("verbs-2-to-3", _verbs(2, 3), problem=verbs_problem),
+    Case(
+        "local+verbs",
+        _mixed("local+verbs", is_near=True, is_private=False),
+        problem=lambda: verbs_problem() if IS_LONG else "as local: make test-long",
+    ),
 )
 # Those that this machine can run; test_fabric.py says which are left out, and why.
 CASES: Final = tuple(case for case in ALL_CASES if case.problem() is None)

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from weightsync.transport.base import Engine
-from weightsync.transport.native import _native
+from weightsync.transport.native import _native, near_options
 
 __all__ = ["ofi_providers", "open_ofi"]
 
@@ -82,6 +82,8 @@ def open_ofi(
     domains: Sequence[str] = (),
     trusted_network: bool = False,
     register_sources: bool = False,
+    near: str | None = None,
+    near_threads: int | None = None,
 ) -> Engine:
     """Open an engine on a provider of libfabric.
 
@@ -96,6 +98,8 @@ def open_ofi(
             connection that they know the target's key, but libfabric carries data of anybody who
             reaches an endpoint and guesses a 64-bit key.
         register_sources: Register source memory also where the provider does not ask for it.
+        near: Fabric for peers of this host, `local` or `cuda_ipc`; see docs/fabrics/mixed.md.
+        near_threads: Its copying threads; None takes min(2, cores).
 
     Returns:
         The engine; its threads, one per rail and one for connections, start with their first use.
@@ -112,4 +116,5 @@ def open_ofi(
         [str(domain) for domain in domains],
         trusted_network,
         register_sources,
+        near_options(near, near_threads),
     )

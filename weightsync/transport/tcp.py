@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine
-from weightsync.transport.native import _native
+from weightsync.transport.native import _native, near_options
 from weightsync.units import MIB
 
 __all__ = ["open_tcp"]
@@ -32,6 +32,8 @@ def open_tcp(
     addresses: Sequence[str] | None = None,
     streams: int | None = None,
     window_bytes: int = 4 * MIB,
+    near: str | None = None,
+    near_threads: int | None = None,
 ) -> Engine:
     """Open an engine on this host's network.
 
@@ -45,6 +47,8 @@ def open_tcp(
         window_bytes: Most bytes that one connection holds, 64 KiB .. 1 GiB. About the rate of a
             rail times the time in which a sink answers, shared among the peers that write at once:
             what is more waits in queues of the network, or on a rail that is slower than others.
+        near: Fabric for peers of this host, `local` or `cuda_ipc`; see docs/fabrics/mixed.md.
+        near_threads: Its copying threads; None takes min(2, cores).
 
     Returns:
         The engine; it listens from its first export on, and its threads sleep when idle.
@@ -65,4 +69,5 @@ def open_tcp(
         list(addresses),
         streams,
         window_bytes,
+        near_options(near, near_threads),
     )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine
-from weightsync.transport.native import _native
+from weightsync.transport.native import _native, near_options
 
 __all__ = ["RdmaPort", "open_verbs", "rdma_ports", "verbs_problem"]
 
@@ -108,6 +108,8 @@ def open_verbs(
     timeout: int = 14,
     retry_count: int = 7,
     relaxed_ordering: bool = True,
+    near: str | None = None,
+    near_threads: int | None = None,
 ) -> Engine:
     """Open an engine on this host's RDMA NICs: one rail, and one thread, per port.
 
@@ -125,6 +127,8 @@ def open_verbs(
         retry_count: Retries before a path fails; 0 .. 7.
         relaxed_ordering: PCIe may place the bytes of a write in any order, which many hosts need
             for full speed. Arrivals come after their bytes all the same.
+        near: Fabric for peers of this host, `local` or `cuda_ipc`; see docs/fabrics/mixed.md.
+        near_threads: Its copying threads; None takes min(2, cores).
 
     Returns:
         The engine.
@@ -157,4 +161,5 @@ def open_verbs(
         timeout,
         retry_count,
         relaxed_ordering,
+        near_options(near, near_threads),
     )

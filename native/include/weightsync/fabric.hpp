@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -32,6 +33,13 @@ struct TargetSpec {
     std::shared_ptr<const SlotTable> slots;
     std::vector<ExportedRange> exported;
     RangeTable ranges;  // base: address in the sink's process
+    // Where arrivals are marked when other ports of the same target mark them too.
+    std::optional<Board> shared_board;
+
+    // The board of a port in private memory.
+    [[nodiscard]] Board make_board(int event_fd) const {
+        return shared_board ? *shared_board : Board::in_heap(slots, event_fd);
+    }
 };
 
 // The sink's end. Owned by a Target.

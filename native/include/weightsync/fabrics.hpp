@@ -49,4 +49,19 @@ struct TcpOptions {
 [[nodiscard]] std::unique_ptr<Fabric> make_tcp_fabric(EngineContext& context,
                                                       const TcpOptions& options);
 
+// Two fabrics as one: peers that `near` reaches, which is one of this host's, go over it, all
+// others over `far`. A target is open to both, with one board and one fence.
+[[nodiscard]] std::unique_ptr<Fabric> make_mixed_fabric(EngineContext& context,
+                                                        std::unique_ptr<Fabric> near,
+                                                        std::unique_ptr<Fabric> far);
+
+// What goes before a fabric between hosts.
+struct NearOptions {
+    std::string fabric;   // "local" or "cuda_ipc"; empty: nothing
+    int num_threads = 0;  // as LocalOptions'
+};
+// `far` alone, or behind a fabric of the host. Throws what either throws.
+[[nodiscard]] std::unique_ptr<Fabric> make_behind(EngineContext& context, const NearOptions& near,
+                                                  std::unique_ptr<Fabric> far);
+
 }  // namespace weightsync

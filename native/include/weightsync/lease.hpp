@@ -2,6 +2,7 @@
 // while an operation reads it.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -16,6 +17,10 @@
 
 namespace weightsync {
 
+// Who wants to know of leased memory: NICs, and other processes of the host.
+enum class Registry : std::uint8_t { kNics, kProcesses };
+inline constexpr std::size_t kNumRegistries = 2;
+
 struct LeaseState : Counted<Kind::kLease> {
     std::uint64_t address = 0;
     std::uint64_t nbytes = 0;
@@ -23,7 +28,8 @@ struct LeaseState : Counted<Kind::kLease> {
     std::atomic<std::uint64_t> exports{0};  // by open targets
     bool is_released = false;               // guarded by the table's mutex
     std::shared_ptr<void> owner;            // what keeps the memory alive
-    std::shared_ptr<void> registration;     // of the fabric, if it wants one; dropped first
+    // Of the fabric, by registry, if it wants one; dropped first.
+    std::array<std::shared_ptr<void>, kNumRegistries> registrations;
 };
 
 class LeaseTable {
@@ -32,10 +38,10 @@ class LeaseTable {
                                                   std::shared_ptr<void> owner);
     // From here on every lease is registered with `registrar` before it can be read, and those that
     // live are now; throws what it throws, and may be called again. Null: no more. Not by two
-    // threads at once.
+    // threads at once for one registry.
     using Registrar =
         std::function<std::shared_ptr<void>(std::uint64_t address, std::uint64_t nbytes)>;
-    void set_registrar(Registrar registrar);
+    void set_registrar(Registry registry, Registrar registrar);
 
     // Ends the lease and drops its owner. Waits for operations in flight until the deadline, then
     // throws kTimeout and the lease lives on. Throws kConfig while an open target exports it.
@@ -71,7 +77,7 @@ class LeaseTable {
     std::unordered_map<LeaseState*, std::shared_ptr<LeaseState>> live_;
     std::vector<Entry> entries_;  // sorted by begin; rebuilt when stale
     bool is_stale_ = false;
-    Registrar registrar_;
+    std::array<Registrar, kNumRegistries> registrars_;
     std::uint64_t num_registrars_ = 0;
     std::vector<std::shared_ptr<LeaseState>> abandoned_;
     WakeWord unpinned_;

@@ -401,6 +401,11 @@ void bind_engine(py::module_& m) {
             engine.close();
         });
 
+    py::class_<NearOptions>(m, "Near").def(py::init([](std::string fabric, int num_threads) {
+                                               return NearOptions{std::move(fabric), num_threads};
+                                           }),
+                                           py::arg("fabric"), py::arg("num_threads"));
+
     m.def(
         "open_local",
         [](std::string name, int num_threads) {
@@ -420,27 +425,27 @@ void bind_engine(py::module_& m) {
     m.def(
         "open_ofi",
         [](std::string name, std::string provider, std::vector<std::string> addresses,
-           std::vector<std::string> domains, bool trusted_network, bool register_sources) {
+           std::vector<std::string> domains, bool trusted_network, bool register_sources,
+           const NearOptions& near) {
             const OfiOptions options{std::move(provider), std::move(addresses), std::move(domains),
                                      trusted_network, register_sources};
-            return Engine::open(std::move(name), [&options](EngineContext& context) {
-                return make_ofi_fabric(context, options);
+            return Engine::open(std::move(name), [&](EngineContext& context) {
+                return make_behind(context, near, make_ofi_fabric(context, options));
             });
         },
         py::arg("name"), py::arg("provider"), py::arg("addresses"), py::arg("domains"),
-        py::arg("trusted_network"), py::arg("register_sources"), Unlocked());
+        py::arg("trusted_network"), py::arg("register_sources"), py::arg("near"), Unlocked());
     m.def(
         "open_tcp",
         [](std::string name, std::vector<std::string> addresses, int num_streams,
-           std::uint64_t window_bytes) {
-            TcpOptions options{std::move(addresses), num_streams, window_bytes};
-            return Engine::open(std::move(name),
-                                [options = std::move(options)](EngineContext& context) {
-                                    return make_tcp_fabric(context, options);
-                                });
+           std::uint64_t window_bytes, const NearOptions& near) {
+            const TcpOptions options{std::move(addresses), num_streams, window_bytes};
+            return Engine::open(std::move(name), [&](EngineContext& context) {
+                return make_behind(context, near, make_tcp_fabric(context, options));
+            });
         },
         py::arg("name"), py::arg("addresses"), py::arg("num_streams"), py::arg("window_bytes"),
-        Unlocked());
+        py::arg("near"), Unlocked());
     m.def("live_object_count", &live_object_count);
     m.def("live_objects", [] {
         py::dict result;

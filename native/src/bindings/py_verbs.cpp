@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include <weightsync/fabrics.hpp>
+
 #include "../fabrics/verbs/verbs.hpp"
 #include "bindings.hpp"
 
@@ -60,7 +62,7 @@ void bind_verbs(py::module_& m) {
         [](std::string name, std::vector<std::string> devices, std::vector<std::string> addresses,
            int gid_index, std::uint16_t pkey, std::uint8_t traffic_class,
            std::uint8_t service_level, int mtu_bytes, std::uint8_t timeout,
-           std::uint8_t retry_count, bool relaxed_ordering) {
+           std::uint8_t retry_count, bool relaxed_ordering, const NearOptions& near) {
             VerbsOptions options;
             options.devices = std::move(devices);
             options.addresses = std::move(addresses);
@@ -73,12 +75,12 @@ void bind_verbs(py::module_& m) {
             options.path.retry_count = retry_count;
             options.memory.relaxed_ordering = relaxed_ordering;
             return Engine::open(std::move(name), [&](EngineContext& context) {
-                return make_verbs_fabric(context, options);
+                return make_behind(context, near, make_verbs_fabric(context, options));
             });
         },
         py::arg("name"), py::arg("devices"), py::arg("addresses"), py::arg("gid_index"),
         py::arg("pkey"), py::arg("traffic_class"), py::arg("service_level"), py::arg("mtu_bytes"),
-        py::arg("timeout"), py::arg("retry_count"), py::arg("relaxed_ordering"),
+        py::arg("timeout"), py::arg("retry_count"), py::arg("relaxed_ordering"), py::arg("near"),
         py::call_guard<py::gil_scoped_release>());
     m.def("verbs_problem", &verbs::why_unavailable);
     m.def(

@@ -20,11 +20,13 @@ std::shared_ptr<LeaseState> LeaseTable::add(std::uint64_t address, std::uint64_t
     std::unique_lock lock(mutex_);
     for (std::uint64_t seen = 0; seen != num_registrars_;) {
         seen = num_registrars_;
-        const Registrar registrar = registrar_;
+        const std::array registrars = registrars_;
         lock.unlock();  // it takes a while
-        lease->registration.reset();
-        if (registrar) {
-            lease->registration = registrar(address, nbytes);
+        for (std::size_t i = 0; i < kNumRegistries; ++i) {
+            lease->registrations[i].reset();
+            if (registrars[i]) {
+                lease->registrations[i] = registrars[i](address, nbytes);
+            }
         }
         lock.lock();
     }
@@ -33,11 +35,12 @@ std::shared_ptr<LeaseState> LeaseTable::add(std::uint64_t address, std::uint64_t
     return lease;
 }
 
-void LeaseTable::set_registrar(Registrar registrar) {
+void LeaseTable::set_registrar(Registry registry, Registrar registrar) {
+    const auto which = static_cast<std::size_t>(registry);
     std::vector<std::shared_ptr<LeaseState>> leases;
     {
         const std::lock_guard lock(mutex_);
-        registrar_ = registrar;
+        registrars_[which] = registrar;
         ++num_registrars_;
         for (const auto& [state, lease] : live_) {
             leases.push_back(lease);
@@ -49,8 +52,8 @@ void LeaseTable::set_registrar(Registrar registrar) {
     for (const auto& lease : leases) {
         std::shared_ptr<void> registration = registrar(lease->address, lease->nbytes);
         const std::lock_guard lock(mutex_);
-        if (live_.contains(lease.get()) && !lease->registration) {
-            lease->registration = std::move(registration);
+        if (live_.contains(lease.get()) && !lease->registrations[which]) {
+            lease->registrations[which] = std::move(registration);
         }
     }
 }
@@ -58,7 +61,7 @@ void LeaseTable::set_registrar(Registrar registrar) {
 void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadline& deadline,
                          const Wait& wait) {
     std::shared_ptr<void> owner;  // dropped last, with no lock held
-    std::shared_ptr<void> registration;
+    decltype(lease->registrations) registrations;
     {
         const std::lock_guard lock(mutex_);
         if (lease->is_released) {
@@ -93,12 +96,12 @@ void LeaseTable::release(const std::shared_ptr<LeaseState>& lease, const Deadlin
     }
     live_.erase(lease.get());
     owner = std::move(lease->owner);
-    registration = std::move(lease->registration);
+    registrations = std::move(lease->registrations);
 }
 
 void LeaseTable::abandon(const std::shared_ptr<LeaseState>& lease) noexcept {
     std::shared_ptr<void> owner;
-    std::shared_ptr<void> registration;
+    decltype(lease->registrations) registrations;
     const std::lock_guard lock(mutex_);
     if (lease->is_released) {
         return;
@@ -110,7 +113,7 @@ void LeaseTable::abandon(const std::shared_ptr<LeaseState>& lease) noexcept {
         abandoned_.push_back(lease);
     } else {
         owner = std::move(lease->owner);
-        registration = std::move(lease->registration);
+        registrations = std::move(lease->registrations);
     }
 }
 

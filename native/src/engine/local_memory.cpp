@@ -30,16 +30,17 @@ void LocalMemory::follow(LeaseTable& leases) {
     if (is_following_) {
         return;
     }
-    leases.set_registrar([self = shared_from_this()](std::uint64_t address, std::uint64_t nbytes) {
-        return self->add(address, nbytes);
-    });
+    leases.set_registrar(Registry::kNics,
+                         [self = shared_from_this()](std::uint64_t address, std::uint64_t nbytes) {
+                             return self->add(address, nbytes);
+                         });
     is_following_ = true;
 }
 
 void LocalMemory::unfollow(LeaseTable& leases) noexcept {
     const std::lock_guard lock(follow_mutex_);
     try {
-        leases.set_registrar(nullptr);
+        leases.set_registrar(Registry::kNics, nullptr);
     } catch (const std::exception& error) {
         report(std::string("registered memory: ") + error.what());
     }

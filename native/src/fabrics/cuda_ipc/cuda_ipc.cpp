@@ -17,7 +17,9 @@ class GpuMemory final : public local::PullMemory {
     // A source's processor cannot copy from its GPU's memory.
     [[nodiscard]] bool can_push() const noexcept override { return false; }
     void follow(LeaseTable& leases) override { exports_->follow(leases); }
-    void unfollow(LeaseTable& leases) noexcept override { leases.set_registrar(nullptr); }
+    void unfollow(LeaseTable& leases) noexcept override {
+        leases.set_registrar(Registry::kProcesses, nullptr);
+    }
     void add(std::weak_ptr<local::Announcer> announcer) override {
         exports_->add(std::move(announcer));
     }

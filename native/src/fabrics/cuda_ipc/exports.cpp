@@ -12,9 +12,10 @@ void Exports::follow(LeaseTable& leases) {
     if (is_following_) {
         return;
     }
-    leases.set_registrar([self = shared_from_this()](std::uint64_t address, std::uint64_t nbytes) {
-        return self->enroll(address, nbytes);
-    });
+    leases.set_registrar(Registry::kProcesses,
+                         [self = shared_from_this()](std::uint64_t address, std::uint64_t nbytes) {
+                             return self->enroll(address, nbytes);
+                         });
     is_following_ = true;
 }
 

@@ -84,7 +84,7 @@ class PullTarget final : public LocalTarget {
           pool_(pool),
           memory_(memory.sink_memory(spec_)),
           control_(write_control(spec_, Mode::kPull, {})),
-          board_(Board::in_heap(spec_.slots, context_.progress.event.get())) {}
+          board_(spec_.make_board(context_.progress.event.get())) {}
 
     ~PullTarget() override { reactor_.unwatch(doorbell_watch_); }
 

@@ -225,7 +225,7 @@ OfiTarget::OfiTarget(EngineContext& context, net::Reactor& reactor, net::Listene
       rails_(rails.begin(), rails.end()),
       spec_(std::move(spec)),
       scratch_(std::make_shared<Block>(kScratchBytes, true)),
-      board_(std::make_shared<Board>(Board::in_heap(spec_.slots, context.progress.event.get()))) {
+      board_(std::make_shared<Board>(spec_.make_board(context.progress.event.get()))) {
     // In the order in which a RangeTable has them.
     std::ranges::sort(spec_.exported, {}, &ExportedRange::arena_offset);
     const bool by_address =

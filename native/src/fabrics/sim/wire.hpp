@@ -71,7 +71,7 @@ class SimTarget final : public TargetPort {
           engine_(context.name),
           id_(id),
           spec_(std::move(spec)),
-          board_(Board::in_heap(spec_.slots, context.progress.event.get())) {}
+          board_(spec_.make_board(context.progress.event.get())) {}
 
     [[nodiscard]] Board& board() noexcept override { return board_; }
     [[nodiscard]] std::vector<std::byte> descriptor() const override;

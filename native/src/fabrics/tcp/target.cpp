@@ -18,7 +18,7 @@ TcpTarget::TcpTarget(EngineContext& context, net::Listener& listener, net::React
       reactor_(reactor),
       rails_(rails),
       spec_(std::move(spec)),
-      board_(Board::in_heap(spec_.slots, context.progress.event.get())) {
+      board_(spec_.make_board(context.progress.event.get())) {
     descriptor_.pid = static_cast<std::uint32_t>(::getpid());
     descriptor_.target_id = listener_.next_target_id();
     descriptor_.generation = spec_.generation;

@@ -52,7 +52,7 @@ VerbsTarget::VerbsTarget(EngineContext& context, net::Reactor& reactor, net::Lis
       listener_(listener),
       rails_(rails),
       spec_(std::move(spec)),
-      board_(std::make_shared<Board>(Board::in_heap(spec_.slots, context.progress.event.get()))) {
+      board_(std::make_shared<Board>(spec_.make_board(context.progress.event.get()))) {
     descriptor_.target_id = listener_.next_target_id();
     descriptor_.generation = spec_.generation;
     descriptor_.key = net::make_key();
