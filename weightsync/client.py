@@ -102,7 +102,8 @@ class Job:
             bucket_bytes: Size of the unit that is staged, tracked and verified; None: 64 MiB.
             ranks_per_node: Sink ranks of a replica that share a node; they fill nodes in order.
             node_dedup: Whether what they store alike crosses the network once ("auto", "on",
-                "off"); one of them passes it on. Without effect where ranks_per_node is 1.
+                "off"); one of them passes it on. Without effect where ranks_per_node is 1. "auto"
+                needs a fabric that spares the NICs inside a host, such as `local+verbs`.
             relays: Whether equal replicas pass on to each other; a rank that is lost while it does
                 aborts the version like a source.
             gateways: Processes that hold the members' connections, beside this one; for grpcs://

@@ -65,6 +65,20 @@ def test_sources_send_once_what_sinks_pass_on(way: str, mode: str, fabric: str) 
                 fleet.check()
 
 
+@pytest.mark.skipif(is_faked(), reason="fabrics of the host's memory and of loopback")
+def test_nodes_deduplicate_by_themselves_where_that_spares_their_nics() -> None:
+    for fabric, sent in {"local+tcp": SENT["node_dedup"], "tcp": SENT["direct"]}.items():
+        with Job.start(bucket_bytes=512, ranks_per_node=2) as job:
+            fleet = Fleet(job, replicas=REPLICAS, fabric=fabric)
+            with fleet.stack:
+                fleet.train(1)
+                waiting = fleet.start_refit()
+                reports = fleet.publish(until="adopted")
+                assert [f.result(TIMEOUT_S) for f in waiting] == [1] * 2 * len(REPLICAS)
+                assert sum(report.num_bytes for report in reports) == sent
+                fleet.check()
+
+
 class Loss:
     """A fleet of two replicas that holds version 1, and sink a/0, which is lost in version 2."""
 

@@ -37,6 +37,7 @@ from weightsync.service.gateways import Gateways, Outlet, Streams
 from weightsync.service.journal import Journal
 from weightsync.service.listen import Listener, TlsListener, open_listener
 from weightsync.service.planning import make_plan
+from weightsync.transport.fabrics import spares_nics
 
 __all__ = ["Coordinator"]
 
@@ -225,7 +226,7 @@ class Coordinator:
                 make_plan,
                 action.sources,
                 action.sinks,
-                _within(self._plan_options, action.staging_bytes),
+                _options_for(self._plan_options, action),
             )
         except WeightSyncError as error:
             problem = pb.Problem(error=type(error).__name__, message=str(error))
@@ -299,11 +300,16 @@ class _Service(rpc.CoordinatorServicer):
         return self._streams.status()
 
 
-def _within(options: PlanOptions, staging_bytes: int) -> PlanOptions:
-    """Options whose buckets fit the smallest staging budget; 0 is no bound."""
-    if staging_bytes == 0:
+def _options_for(options: PlanOptions, action: MakePlan) -> PlanOptions:
+    """Options whose buckets fit the smallest staging budget (0 is no bound).
+
+    Where sinks of one node reach each other over its NICs only, node deduplication spares nothing.
+    """
+    if options.node_dedup == "auto" and not all(map(spares_nics, action.fabrics)):
+        options = dataclasses.replace(options, node_dedup="off")
+    if action.staging_bytes == 0:
         return options
-    return dataclasses.replace(options, slot_bytes=min(options.slot_bytes, staging_bytes))
+    return dataclasses.replace(options, slot_bytes=min(options.slot_bytes, action.staging_bytes))
 
 
 def _pass_failpoint(message: pb.CoordinatorMessage) -> None:

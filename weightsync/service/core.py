@@ -286,6 +286,7 @@ class CoordinatorCore:
                 tuple((self._members[i].label, self._members[i].hello.manifest) for i in sources),
                 tuple((self._members[i].label, self._members[i].hello.manifest) for i in sinks),
                 min(budgets, default=0),
+                frozenset(self._members[i].hello.fabric for i in sinks),
             )
         )
 

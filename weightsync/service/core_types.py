@@ -71,6 +71,7 @@ class MakePlan:
     sources: tuple[tuple[str, bytes], ...]
     sinks: tuple[tuple[str, bytes], ...]
     staging_bytes: int
+    fabrics: frozenset[str]  # of the sinks
 
 
 Action = Send | Disconnect | Persist | MakePlan

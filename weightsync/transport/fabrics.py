@@ -14,7 +14,7 @@ from typing import Any
 from weightsync.errors import ConfigError
 from weightsync.transport.base import Engine
 
-__all__ = ["FABRICS", "check_fabric", "open_fabric", "open_for_job"]
+__all__ = ["FABRICS", "check_fabric", "open_fabric", "open_for_job", "spares_nics"]
 
 _NAMED = ("local", "cuda_ipc", "sim", "tcp", "verbs")
 _NEAR = ("local", "cuda_ipc")
@@ -32,6 +32,12 @@ def check_fabric(fabric: str) -> None:
     if provider if kind == "ofi" else kind in _NAMED:
         return
     raise ConfigError(f"unknown fabric {fabric!r}; there are {FABRICS}")
+
+
+def spares_nics(fabric: str) -> bool:
+    """Whether bytes between processes of one host stay off its NICs."""
+    near, kind, provider = _parts(fabric)
+    return bool(near) or kind in (*_NEAR, "sim") or provider == "shm"
 
 
 def _parts(fabric: str) -> tuple[str, str, str]:
