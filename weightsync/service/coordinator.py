@@ -35,7 +35,7 @@ from weightsync.service.core_types import (
 from weightsync.service.credentials import ServerCredentials
 from weightsync.service.journal import Journal
 from weightsync.service.listen import open_listener
-from weightsync.service.planning import make_plan
+from weightsync.service.planning import PlanMaker
 
 __all__ = ["Coordinator"]
 
@@ -72,6 +72,7 @@ class Coordinator:
         self._listener = open_listener(url, credentials)
         self._options = options if options is not None else CoreOptions()
         self._plan_options = plan_options if plan_options is not None else PlanOptions()
+        self._plans = PlanMaker()
         self._journal_path = journal
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
@@ -211,8 +212,8 @@ class Coordinator:
     async def _plan(self, action: MakePlan) -> None:
         failpoints.hit("coordinator.bind")
         try:
-            planned = await asyncio.to_thread(
-                make_plan,
+            agreed = await asyncio.to_thread(
+                self._plans.agree,
                 action.sources,
                 action.sinks,
                 _within(self._plan_options, action.staging_bytes),
@@ -228,10 +229,10 @@ class Coordinator:
             actions = self._core.planned(
                 time.monotonic(),
                 action.epoch,
-                digest=planned.plan.digest,
-                shares=planned.shares,
-                options_json=planned.options_json,
-                hops=planned.hops,
+                digest=agreed.digest,
+                shares=agreed.shares,
+                options_json=agreed.options_json,
+                hops=agreed.hops,
             )
         self._perform(actions)
 
