@@ -19,7 +19,7 @@ from weightsync.planners.planner import plan_transfer
 from weightsync.planners.replan import PlanMemory
 from weightsync.service import weightsync_pb2 as pb
 
-__all__ = ["Agreement", "PlanCache", "PlanMaker", "Planned", "make_plan", "read_options"]
+__all__ = ["Agreement", "PlanCache", "PlanMaker", "Planned", "make_plan", "plan_key", "read_options"]
 
 Members = Sequence[tuple[str, bytes]]
 
@@ -117,7 +117,7 @@ def read_options(text: str) -> PlanOptions:
         raise ConfigError(f"unknown plan options {text[:200]!r}: {error}") from error
 
 
-def _key(sources: Members, sinks: Members, options: PlanOptions, shares: bytes) -> bytes:
+def plan_key(sources: Members, sinks: Members, options: PlanOptions, shares: bytes) -> bytes:
     """Hash of all that a plan depends on."""
     digest = hashlib.sha256(repr(options).encode() + shares)
     for side in (sources, sinks):
@@ -142,7 +142,7 @@ class PlanMaker:
 
     def agree(self, sources: Members, sinks: Members, options: PlanOptions) -> Agreement:
         """What to tell of the plan between these members; arguments and errors: `make_plan`."""
-        key = _key(sources, sinks, options, b"")
+        key = plan_key(sources, sinks, options, b"")
         with self._lock:
             if self._last is None or self._last[0] != key:
                 planned = make_plan(sources, sinks, options, memory=self._memory)
@@ -167,7 +167,7 @@ class PlanCache:
         sources = [(m.label, m.manifest) for m in message.sources]
         sinks = [(m.label, m.manifest) for m in message.sinks]
         options = read_options(message.options_json)
-        key = _key(sources, sinks, options, message.shares)
+        key = plan_key(sources, sinks, options, message.shares)
         if self._last is None or self._last[0] != key:
             self._last = None  # its memory is better used for the new one
             arguments = (sources, sinks, options, message.shares, self._memory)
