@@ -19,7 +19,15 @@ from weightsync.planners.planner import plan_transfer
 from weightsync.planners.replan import PlanMemory
 from weightsync.service import weightsync_pb2 as pb
 
-__all__ = ["Agreement", "PlanCache", "PlanMaker", "Planned", "make_plan", "plan_key", "read_options"]
+__all__ = [
+    "Agreement",
+    "PlanCache",
+    "PlanMaker",
+    "Planned",
+    "make_plan",
+    "plan_key",
+    "read_options",
+]
 
 Members = Sequence[tuple[str, bytes]]
 
