@@ -160,10 +160,11 @@ def _flow(
     set_ids, c = np.unique(owner, return_inverse=True)
     rank_ids, r = np.unique(rank, return_inverse=True)
     num_sets, num_ranks = len(set_ids), len(rank_ids)
-    total = nbytes[set_ids]
-    # Capacities are 32-bit: above 2 GiB count in larger units, rounding every set up.
-    unit = -(-int(total.sum()) // (_MAX_FLOW - num_sets))
-    units = -(-total // unit)
+    total: list[int] = nbytes[set_ids].tolist()
+    # Capacities are 32-bit: sets count in fractions of all bytes, rounded up. Fractions, since
+    # twice the replicas are twice the bytes of every set: who sends which part stays the same.
+    most, every = _MAX_FLOW - num_sets, sum(total)
+    units = np.array([-(-of_set * most // every) for of_set in total], np.int64)
     average = -(-int(units.sum()) // num_ranks)
     start, end = 0, num_sets + num_ranks + 1
     tails = np.concatenate([np.full(num_sets, start), 1 + c, 1 + num_sets + np.arange(num_ranks)])
@@ -179,19 +180,19 @@ def _flow(
         reached = breadth_first_order(residual, start, return_predecessors=False)
         crowded[reached] = True
     sent = np.asarray(result.flow[1 + c, 1 + num_sets + r]).astype(np.int64).reshape(-1)
-    return _to_bytes(sent, c, unit, total), crowded[1 + c], crowded[1 + num_sets + r]
+    return _to_bytes(sent, c, units, total), crowded[1 + c], crowded[1 + num_sets + r]
 
 
-def _to_bytes(sent: IntArray, owner: IntArray, unit: int, total: IntArray) -> IntArray:
-    """Convert flow units to bytes; the edges of each set sum to exactly its bytes."""
+def _to_bytes(sent: IntArray, owner: IntArray, units: IntArray, total: list[int]) -> IntArray:
+    """Convert flow units to bytes; if all was sent, the edges of each set sum to its bytes."""
     order = np.argsort(owner, kind="stable")
     until = np.cumsum(sent[order])
     before = np.concatenate([[0], until])[np.searchsorted(owner[order], owner[order])]
-    limit = total[owner[order]]
-    upper = np.minimum((until - before) * unit, limit)
-    lower = np.minimum((until - sent[order] - before) * unit, limit)
+    limit = np.array(total, object)[owner[order]]  # Python's integers: products pass 64 bits
+    upper = (until - before) * limit // units[owner[order]]
+    lower = (until - sent[order] - before) * limit // units[owner[order]]
     result = np.empty_like(sent)
-    result[order] = upper - lower
+    result[order] = (upper - lower).astype(np.int64)
     return result
 
 

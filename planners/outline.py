@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -28,7 +28,10 @@ from weightsync.planners.intersect import Boxes, Regions, find_boxes, intersect
 from weightsync.planners.sharing import Sharing, Ways, direct_only
 from weightsync.planners.stamp import Stamped, stamp
 
-__all__ = ["Inputs", "Outline"]
+if TYPE_CHECKING:
+    from weightsync.planners.replan import PlanMemory
+
+__all__ = ["Inputs", "Outline", "Placement"]
 
 _MAX_LISTED: Final = 8  # names in a message; the error's attributes list all
 
@@ -37,53 +40,92 @@ _MAX_LISTED: Final = 8  # names in a message; the error's attributes list all
 class Outline:
     """All choices of a plan, and its copies before they are lowered to rows; made by `of`.
 
+    Copies are made when they are first asked for: whoever has their rows already does not need
+    them.
+
     Attributes:
         inputs: What was known of both sides.
         options: Budgets.
         sink: Merged manifest of all sinks.
         shares: How holders share the work.
-        maxima: Maxima that sources exchange before they encode.
-        stamped: Copies to one replica, sorted by source rank.
-        pattern: How each copy is passed on: number of the fan among those of its buffer; -1: it is
-            not, `(R,)`.
-        is_relayed: Copies that one replica passes on to the others, `(R,)`.
-        fans: Where else they go.
+        election: Who sends what.
     """
 
     inputs: Inputs
     options: PlanOptions
     sink: Manifest
     shares: Shares
-    maxima: MaxTable
-    stamped: Stamped
-    pattern: IntArray
-    is_relayed: BoolArray
-    fans: Fans
+    election: choose.Election
 
     @classmethod
     def of(
-        cls, source: Manifest, sink: Manifest, options: PlanOptions, shares: Shares | None = None
+        cls,
+        source: Manifest,
+        sink: Manifest,
+        options: PlanOptions,
+        shares: Shares | None = None,
+        memory: PlanMemory | None = None,
     ) -> Outline:
         """Choose; arguments and errors are those of `plan_transfer`."""
-        inputs = Inputs.of(source, sink, options)
+        inputs = Inputs.of(source, sink, options, memory)
         if shares is None:
             shares = inputs.shares if inputs.shares is not None else choose.solve(inputs.sets)
         else:
             choose.check_shares(shares, inputs.sets)
-        classes, boxes, sharing = inputs.classes, inputs.boxes, inputs.sharing
+        classes, boxes = inputs.classes, inputs.boxes
         like = classes.tensor[classes.first]
         election = choose.elect(
             classes, boxes, inputs.regions, inputs.sets, shares, inputs.encoded.cell[like]
         )
-        maxima = MaxTable.empty()
         if len(inputs.encoded.table):
-            shapes = sink.tensors.shape[like]
+            shapes = inputs.sink.tensors.shape[like]
             election = encode.follow_codes(election, classes, boxes, inputs.cells, shapes)
-            maxima = encode.shared_maxima(
-                inputs.encoded, inputs.sink, classes, boxes, election, inputs.cells
-            )
-        max_rows = options.max_rows // inputs.count
-        stamped = stamp(classes, boxes, inputs.regions, election, max_rows)
+        return cls(inputs, options, sink, shares, election)
+
+    @functools.cached_property
+    def maxima(self) -> MaxTable:
+        """Maxima that sources exchange before they encode."""
+        inputs = self.inputs
+        if not len(inputs.encoded.table):
+            return MaxTable.empty()
+        return encode.shared_maxima(
+            inputs.encoded, inputs.sink, inputs.classes, inputs.boxes, self.election, inputs.cells
+        )
+
+    @property
+    def num_copies(self) -> int:
+        """Copies to one replica before those that several share are split."""
+        inputs = self.inputs
+        return int(np.diff(inputs.regions.class_start)[inputs.classes.of].sum())
+
+    @property
+    def stamped(self) -> Stamped:
+        """Copies to one replica, sorted by source rank."""
+        return self._copies[0]
+
+    @property
+    def pattern(self) -> IntArray:
+        """How each copy is passed on: number of the fan among those of its buffer; -1: it is not.
+
+        `(R,)`.
+        """
+        return self._copies[1]
+
+    @property
+    def is_relayed(self) -> BoolArray:
+        """Copies that one replica passes on to the others, `(R,)`."""
+        return self._copies[2]
+
+    @property
+    def fans(self) -> Fans:
+        """Where else copies go."""
+        return self._copies[3]
+
+    @functools.cached_property
+    def _copies(self) -> tuple[Stamped, IntArray, BoolArray, Fans]:
+        inputs, sharing = self.inputs, self.inputs.sharing
+        classes, max_rows = inputs.classes, self.options.max_rows // inputs.count
+        stamped = stamp(classes, inputs.boxes, inputs.regions, self.election, max_rows)
         pattern = np.full(len(stamped.tensor), -1)
         is_relayed = np.zeros(len(stamped.tensor), np.bool_)
         fans = Fans.empty()
@@ -95,8 +137,7 @@ class Outline:
             if len(fans.buffer):
                 pattern = np.where(fan >= 0, fans.pattern[fan], -1)
             is_relayed = sharing.is_relayed[inputs.regions.box[stamped.origin[stamped.region]]]
-        parts = stamped, pattern, is_relayed, fans
-        return cls(inputs, options, sink, shares, maxima, *parts)
+        return stamped, pattern, is_relayed, fans
 
     @functools.cached_property
     def pair_bytes(self) -> IntArray:
@@ -107,6 +148,42 @@ class Outline:
         num_sources, num_sinks = len(self.inputs.encoded.source.ranks), len(sink.ranks)
         pair = stamped.src_rank * num_sinks + sink.buffers.rank[buffer]
         return sum_by(pair, nbytes, num_sources * num_sinks).reshape(num_sources, num_sinks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What sources hold and what one replica needs of it, matched tensor by tensor.
+
+    All that depends on nothing but the two: not on how many equal replicas there are, nor on
+    budgets.
+
+    Attributes:
+        source: Merged manifest of all sources.
+        sink: Merged manifest of one replica, or of all sinks where they are not alike.
+        encoded: What sources make of their values.
+        classes, boxes, cells: Of the tensors that the sink wants.
+        regions: Overlaps, with the bytes that one replica receives.
+    """
+
+    source: Manifest
+    sink: Manifest
+    encoded: Encoded
+    classes: TensorClasses
+    boxes: Boxes
+    regions: Regions
+    cells: CodeCells
+
+    @classmethod
+    def of(cls, source: Manifest, sink: Manifest, options: PlanOptions) -> Placement:
+        """Match; of the options only `ignore_extra` matters, and only to what is refused."""
+        encoded = Encoded.of(source, sink)
+        held = encoded.source
+        match = _match_tensors(held, sink, options)
+        classes = classify(held, sink, match, encoded.table)
+        cells = CodeCells.of(classes, encoded, len(sink.tensors))
+        boxes = find_boxes(classes, held, sink)
+        regions = intersect(classes, boxes, held, sink, encoded)
+        return cls(source, sink, encoded, classes, boxes, regions, cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,20 +206,23 @@ class Inputs:
     count: int
 
     @classmethod
-    def of(cls, source: Manifest, sink: Manifest, options: PlanOptions) -> Inputs:
+    def of(
+        cls,
+        source: Manifest,
+        sink: Manifest,
+        options: PlanOptions,
+        memory: PlanMemory | None = None,
+    ) -> Inputs:
         """Find all of it; raises what `plan_transfer` does of manifests."""
         if source.side != "source" or sink.side != "sink":
             raise LayoutError(f"plan from a source to a sink, not {source.side} to {sink.side}")
         if options.relays != "off":
             sink = find_replicas(sink)
         sink, count = sink.repeats or (sink, 1)
-        encoded = Encoded.of(source, sink)
-        held = encoded.source
-        match = _match_tensors(held, sink, options)
-        classes = classify(held, sink, match, encoded.table)
-        cells = CodeCells.of(classes, encoded, len(sink.tensors))
-        boxes = find_boxes(classes, held, sink)
-        regions = intersect(classes, boxes, held, sink, encoded)
+        place = Placement.of if memory is None else memory.place
+        placed = place(source, sink, options)
+        encoded, classes, boxes = placed.encoded, placed.classes, placed.boxes
+        regions, cells = placed.regions, placed.cells
         is_scales = cells.is_scales[classes.first]
         common = (encoded, classes, boxes)
         if options.relays != "off" or (options.node_dedup != "off" and options.ranks_per_node > 1):

@@ -27,13 +27,14 @@ from weightsync.ir.plan import (
     RowTable,
     Shares,
 )
-from weightsync.ir.tables import BoolArray, IntArray, expand, starts_of
+from weightsync.ir.tables import IntArray, expand, starts_of
 from weightsync.planners import choose
 from weightsync.planners.copies import CopyTable
 from weightsync.planners.fans import Fans
 from weightsync.planners.lower import Lowered, lower
 from weightsync.planners.order import Cut, cut_buckets
 from weightsync.planners.outline import Inputs, Outline
+from weightsync.planners.replan import PlanMemory, Prepared
 
 __all__ = ["RankProgram", "plan_rank", "plan_transfer", "solve_shares"]
 
@@ -46,6 +47,7 @@ def plan_transfer(
     options: PlanOptions | None = None,
     *,
     shares: Shares | None = None,
+    memory: PlanMemory | None = None,
 ) -> Plan:
     """Plan the writes that give every sink its weights, shard to shard.
 
@@ -57,6 +59,8 @@ def plan_transfer(
         sink: Merged manifest of all sink ranks.
         options: Budgets; None takes the defaults.
         shares: Shares that `solve_shares` chose for these manifests (elsewhere); None solves them.
+        memory: What is left of the plan before, and what keeps this one's: planning again after a
+            replica came or went costs less then. The plan is the same with and without.
 
     Returns:
         The plan, validated. Compare `plan.max_load_bytes` with `plan.shares.bound_bytes`.
@@ -71,12 +75,14 @@ def plan_transfer(
 
     Cost: about 3 us a region on one core; no I/O. Pure function, safe from any thread.
     """
-    outline = Outline.of(source, sink, PlanOptions() if options is None else options, shares)
-    lowered, fan, is_relayed = _lower(outline, slice(0, len(outline.stamped.src_rank)))
-    inputs, fans = outline.inputs, outline.fans
-    cut = cut_buckets(lowered, inputs.sink, inputs.count, outline.options, fan, fans, is_relayed)
-    rows, chunks = _tables(lowered, cut, fan, outline, _constant_rows(sink))
-    del lowered
+    options = PlanOptions() if options is None else options
+    outline = Outline.of(source, sink, options, shares, memory)
+    prepared = _prepare(outline) if memory is None else memory.prepared(outline, _prepare)
+    inputs, lowered, fans = outline.inputs, prepared.lowered, prepared.fans
+    cut = cut_buckets(
+        lowered, inputs.sink, inputs.count, options, prepared.fan, fans, prepared.is_relayed
+    )
+    rows, chunks = _tables(prepared, cut, outline, _constant_rows(sink))
     plan = Plan(
         source=source,
         sink=sink,
@@ -84,12 +90,17 @@ def plan_transfer(
         chunks=chunks,
         buckets=cut.table,
         shares=outline.shares,
-        options=outline.options,
-        maxima=outline.maxima,
+        options=options,
+        maxima=prepared.maxima,
         edges=cut.edges,
     )
+    del lowered, prepared  # the largest of all, besides the plan
     vars(plan)["encoded"] = inputs.encoded  # the cached property; what replicas store is alike
-    plan.validate()
+    if memory is None:
+        plan.validate()
+    else:
+        memory.prove(plan)
+        memory.settle()
     return plan
 
 
@@ -126,18 +137,18 @@ def plan_rank(outline: Outline, rank: int) -> RankProgram:
     if outline.is_relayed.any():
         raise PlanError("a plan with relays is made whole: plan without, or use plan_transfer")
     first, last = np.searchsorted(outline.stamped.src_rank, [rank, rank + 1]).tolist()
-    lowered, fan, _ = _lower(outline, slice(first, last))
+    prepared = _prepare(outline, slice(first, last))
     inputs = outline.inputs
     cut = cut_buckets(
-        lowered,
+        prepared.lowered,
         inputs.sink,
         inputs.count,
         outline.options,
-        fan,
-        outline.fans,
+        prepared.fan,
+        prepared.fans,
         pair_bytes=outline.pair_bytes,
     )
-    rows, chunks = _tables(lowered, cut, fan, outline, RowTable.empty())
+    rows, chunks = _tables(prepared, cut, outline, RowTable.empty())
     return RankProgram(rows, chunks, cut.table)
 
 
@@ -169,17 +180,15 @@ def _blocks(src_rank: IntArray) -> Iterator[slice]:
         first = last
 
 
-def _lower(outline: Outline, copies: slice) -> tuple[Lowered, IntArray, BoolArray]:
+def _prepare(outline: Outline, copies: slice | None = None) -> Prepared:
     """Lower block by block, for one replica; copies that are passed on alike by themselves.
 
     Args:
         outline: The copies.
-        copies: Those of whole source ranks.
-
-    Returns:
-        The chunks; the fan of each, -1 for none; which chunks are relayed.
+        copies: Those of whole source ranks; None: all.
     """
     stamped, inputs, options = outline.stamped, outline.inputs, outline.options
+    copies = slice(0, len(stamped.src_rank)) if copies is None else copies
     apart = 2 * outline.pattern[copies] + outline.is_relayed[copies]
     num_rows, parts, of_part = 0, [], []
     for block in _blocks(stamped.src_rank[copies]):
@@ -193,7 +202,14 @@ def _lower(outline: Outline, copies: slice) -> tuple[Lowered, IntArray, BoolArra
             _check_rows(num_rows, options)
     lowered = Lowered.concat(parts)
     kind = np.concatenate([np.zeros(0, np.int64), *of_part])
-    return lowered, outline.fans.find(lowered.dst_buffer, kind // 2), kind % 2 > 0
+    return Prepared(
+        lowered=lowered,
+        fan=outline.fans.find(lowered.dst_buffer, kind // 2),
+        is_relayed=kind % 2 > 0,
+        fans=outline.fans,
+        maxima=outline.maxima,
+        num_copies=outline.num_copies,
+    )
 
 
 def _check_rows(num_rows: int, options: PlanOptions) -> None:
@@ -207,15 +223,14 @@ def _check_rows(num_rows: int, options: PlanOptions) -> None:
 
 
 def _tables(
-    lowered: Lowered,
+    prepared: Prepared,
     cut: Cut,
-    fan: IntArray,
     outline: Outline,
     constants: RowTable,
 ) -> tuple[RowTable, ChunkTable]:
     """Bring rows and chunks into the order of the buckets and number them; constants come last."""
-    inputs, fans = outline.inputs, outline.fans
-    sink, order = inputs.sink, cut.order
+    lowered, fan, fans = prepared.lowered, prepared.fan, prepared.fans
+    inputs, sink, order = outline.inputs, outline.inputs.sink, cut.order
     counts = np.diff(lowered.row_start)[order]
     _check_rows(int(counts.sum()) + len(constants), outline.options)
     owner, local = expand(counts)

@@ -21,7 +21,7 @@ from weightsync.ir.pieces import PieceTable, sorted_pieces
 from weightsync.ir.plan import Plan
 from weightsync.planners.planner import plan_transfer
 from weightsync.runtime.receiver import Receiver
-from weightsync.service import coordinator, planning
+from weightsync.service import planning
 
 __all__ = ["PLANTS", "apply", "install", "requested"]
 
@@ -64,7 +64,6 @@ def install(patch: Callable[[Any, str, Any], None] = setattr) -> None:
         return dataclasses.replace(planned, plan=apply(planned.plan, name))
 
     patch(planning, "make_plan", make_planted)
-    patch(coordinator, "make_plan", make_planted)
     if os.environ.get(ENV_SKIP_DIGEST) == "1":
         patch(Receiver, "_compare", lambda *_: True)
 

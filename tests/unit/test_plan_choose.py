@@ -28,6 +28,19 @@ def _loads(shares: Shares) -> list[int]:
     return loads.tolist()
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_holders_keep_their_parts_when_every_set_grows_alike(seed: int) -> None:
+    """Twice the replicas are twice the bytes of every set: nobody else should send them."""
+    rng = random.Random(seed)
+    num_ranks, most = rng.randint(1, 9), rng.choice([9, 1000, 1 << 36])
+    ranks = [sorted(rng.sample(range(num_ranks), rng.randint(1, num_ranks))) for _ in range(8)]
+    nbytes = [rng.randint(0, most) for _ in ranks]
+    once = solve(_sets(ranks, nbytes)).quota_bytes
+    for times in (2, 3, 7):
+        more = solve(_sets(ranks, [times * n for n in nbytes])).quota_bytes
+        assert np.abs(more - times * once).max() < times  # each part ends at a whole byte
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_the_largest_load_is_the_optimum_of_the_linear_program(seed: int) -> None:
     rng = random.Random(seed)

@@ -145,7 +145,10 @@ class Manifest:
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of the canonical bytes, in hex."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        for part in serde.chunks(*self._content()):
+            digest.update(part)
+        return digest.hexdigest()
 
     @functools.cached_property
     def arena_offset_bytes(self) -> IntArray:
@@ -172,6 +175,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the canonical serialisation (see `weightsync.ir.serde`)."""
+        return serde.pack(*self._content())
+
+    def _content(self) -> tuple[str, dict[str, Any], tuple[Table, ...]]:
+        """Return schema, header and tables."""
         header = {
             "side": self.side,
             "ranks": self.ranks,
@@ -180,8 +187,8 @@ class Manifest:
         }
         tables = (self.tensors, self.buffers, self.pieces)
         if len(self.encodings):
-            return serde.pack(_SCHEMA_ENCODED, header, (*tables, self.encodings))
-        return serde.pack(_SCHEMA, header, tables)
+            return _SCHEMA_ENCODED, header, (*tables, self.encodings)
+        return _SCHEMA, header, tables
 
     @classmethod
     def from_bytes(

@@ -443,23 +443,9 @@ class Plan:
 
         Cost: about 1 us a row; see `weightsync.ir.validate`.
         """
-        from weightsync.ir import validate, validate_replicas  # import this module
+        from weightsync.ir import validate_replicas  # imports this module
 
-        proven = self
-        if self.sink.repeats is not None and not self._has_relays():
-            validate.check_nesting(self)
-            validate.check_constants(self)
-            proven = validate_replicas.first_replica(self, *self.sink.repeats)
-        validate.validate_structure(proven)
-        validate.validate_content(proven)
-
-    def _has_relays(self) -> bool:
-        """Whether replicas pass on to each other, so that they are not alike."""
-        assert self.sink.repeats is not None
-        size = len(self.sink.repeats[0].ranks)
-        hops = slice(self.num_direct, None)
-        src, dst = self.buckets.src_rank[hops], self.buckets.dst_rank[hops]
-        return bool((src // size != dst // size).any())
+        validate_replicas.prove(self)
 
     def to_bytes(self) -> bytes:
         """Return the plan with both manifests as bytes, for goldens and tests.

@@ -17,7 +17,7 @@ from weightsync.ir.pieces import CONSTANT, PieceTable, sorted_pieces
 from weightsync.ir.recipes import EncodingTable
 from weightsync.ir.tables import IntArray, expand, starts_of
 
-__all__ = ["find_replicas", "repeat_blocks", "repeat_ranks"]
+__all__ = ["find_replicas", "relabelled", "repeat_blocks", "repeat_ranks"]
 
 Prefixes = tuple[str, str]
 
@@ -128,6 +128,31 @@ def repeat_ranks(manifest: Manifest, labels: Sequence[Sequence[str]]) -> Manifes
         pieces=PieceTable(**columns).take(order),
         encodings=manifest.encodings,
         repeats=(manifest, count),
+    )
+
+
+def relabelled(manifest: Manifest, labels: Sequence[str]) -> Manifest:
+    """Return a manifest whose ranks have other labels: the same tables, not validated again.
+
+    Args:
+        manifest: A manifest; it is returned itself if it has these labels.
+        labels: One for each rank, all different.
+
+    Raises:
+        LayoutError: Labels that are missing or occur twice.
+    """
+    if manifest.ranks == tuple(labels):
+        return manifest
+    if len(set(labels)) != len(manifest.ranks) or len(labels) != len(manifest.ranks):
+        raise LayoutError(f"{len(manifest.ranks)} ranks need as many labels, all different")
+    return Manifest.trusted(
+        side=manifest.side,
+        ranks=tuple(labels),
+        tensors=manifest.tensors,
+        buffers=manifest.buffers,
+        pieces=manifest.pieces,
+        encodings=manifest.encodings,
+        repeats=None,
     )
 
 

@@ -8,14 +8,66 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightsync.errors import PlanError
+from weightsync.ir import validate
 from weightsync.ir.manifest import Manifest
-from weightsync.ir.plan import BucketTable, ChunkTable, Plan, RowKind, RowTable
+from weightsync.ir.plan import BucketTable, ChunkTable, Plan, RowKind, RowTable, Shares
+from weightsync.ir.repeat import relabelled
 from weightsync.ir.tables import IntArray, Table, expand, starts_of
 
-__all__ = ["first_replica"]
+__all__ = ["first_replica", "prove"]
 
 _SHIFTED = ("chunk", "src_buffer", "dst_buffer")
 _ROWS = tuple(name for name in RowTable.COLUMNS if name not in _SHIFTED)
+
+
+def prove(plan: Plan, known: str | None = None) -> str:
+    """Prove a plan: of equal replicas one, and that the others are like it.
+
+    Args:
+        plan: Any plan.
+        known: What this returned of a plan that it proved, or an empty string: what of the two is
+            equal is not proven again. None: prove all, and return an empty string.
+
+    Returns:
+        Stands for the plan of one replica: a digest of all that its proof depends on, which are its
+        tables, both manifests and the budgets. Neither labels of sinks nor quotas are part of it,
+        nor who gets a bucket first.
+
+    Raises:
+        CoverageError, PlanError: As `Plan.validate`.
+
+    Cost: about 1 us a row of one replica and 0.1 us a row of the others; where the proof is known
+    only the latter, and a hash of the rows of one.
+    """
+    base, count = plan.sink.repeats or (plan.sink, 1)
+    proven, found = plan, ""
+    is_one_of_many = plan.sink.repeats is not None or known is not None
+    if is_one_of_many and not _has_relays(plan, len(base.ranks)):
+        validate.check_nesting(plan)
+        validate.check_constants(plan)
+        proven = first_replica(plan, base, count)
+        if known is not None:
+            found = _stand_in(proven).digest
+            if found == known:
+                return known
+    validate.validate_structure(proven)
+    validate.validate_content(proven)
+    return found
+
+
+def _has_relays(plan: Plan, size: int) -> bool:
+    """Whether replicas of so many ranks pass on to each other, so that they are not alike."""
+    hops = slice(plan.num_direct, None)
+    src, dst = plan.buckets.src_rank[hops], plan.buckets.dst_rank[hops]
+    return bool((src // max(size, 1) != dst // max(size, 1)).any())
+
+
+def _stand_in(plan: Plan) -> Plan:
+    """Return a plan without what its proof does not depend on."""
+    none = np.zeros(0, np.int32)
+    labels = [str(rank) for rank in range(len(plan.sink.ranks))]
+    shares = Shares(none, none, none.astype(np.int64), bound_bytes=0)
+    return dataclasses.replace(plan, sink=relabelled(plan.sink, labels), shares=shares)
 
 
 def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:

@@ -36,7 +36,7 @@ from weightsync.service.credentials import ServerCredentials
 from weightsync.service.gateways import Gateways, Outlet, Streams
 from weightsync.service.journal import Journal
 from weightsync.service.listen import Listener, TlsListener, open_listener
-from weightsync.service.planning import make_plan
+from weightsync.service.planning import PlanMaker
 from weightsync.transport.fabrics import spares_nics
 
 __all__ = ["Coordinator"]
@@ -86,6 +86,7 @@ class Coordinator:
             self._server = Gateways(num_gateways, self._listener, credentials, self)
         self._options = options if options is not None else CoreOptions()
         self._plan_options = plan_options if plan_options is not None else PlanOptions()
+        self._plans = PlanMaker()
         self._journal_path = journal
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
@@ -222,8 +223,8 @@ class Coordinator:
     async def _plan(self, action: MakePlan) -> None:
         failpoints.hit("coordinator.bind")
         try:
-            planned = await asyncio.to_thread(
-                make_plan,
+            agreed = await asyncio.to_thread(
+                self._plans.agree,
                 action.sources,
                 action.sinks,
                 _options_for(self._plan_options, action),
@@ -239,10 +240,10 @@ class Coordinator:
             actions = self._core.planned(
                 time.monotonic(),
                 action.epoch,
-                digest=planned.plan.digest,
-                shares=planned.shares,
-                options_json=planned.options_json,
-                hops=planned.hops,
+                digest=agreed.digest,
+                shares=agreed.shares,
+                options_json=agreed.options_json,
+                hops=agreed.hops,
             )
         self._perform(actions)
 

@@ -9,16 +9,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weightsync.errors import ConfigError, EncodingError
-from weightsync.ir.manifest import Manifest, Side
 from weightsync.ir.plan import Plan, PlanOptions, Shares
 from weightsync.planners.planner import plan_transfer
+from weightsync.planners.replan import PlanMemory
 from weightsync.service import weightsync_pb2 as pb
 
-__all__ = ["PlanCache", "Planned", "make_plan", "read_options"]
+__all__ = [
+    "Agreement",
+    "PlanCache",
+    "PlanMaker",
+    "Planned",
+    "make_plan",
+    "plan_key",
+    "read_options",
+]
+
+Members = Sequence[tuple[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +54,29 @@ class Planned:
         return found
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What a coordinator tells of a plan, so that it need not keep the plan.
+
+    Attributes:
+        digest: Of the plan.
+        shares: The choice of holders, for members to plan with.
+        options_json: Its options.
+        hops: Sinks that pass on what they received, by index, and to whom.
+    """
+
+    digest: str
+    shares: bytes
+    options_json: str
+    hops: dict[int, set[int]]
+
+
 def make_plan(
-    sources: Sequence[tuple[str, bytes]],
-    sinks: Sequence[tuple[str, bytes]],
+    sources: Members,
+    sinks: Members,
     options: PlanOptions,
     shares: bytes = b"",
+    memory: PlanMemory | None = None,
 ) -> Planned:
     """Merge the members' manifests and plan the transfer between them.
 
@@ -56,6 +85,8 @@ def make_plan(
         sinks: The same of every sink rank, by sink index.
         options: Budgets.
         shares: Choice of holders that somebody else has made; empty: choose here.
+        memory: What is left of the plan before; see `weightsync.planners.replan`. The result is the
+            same with and without.
 
     Raises:
         LayoutError, PlanError: The sides do not match, or a budget is too small.
@@ -63,7 +94,10 @@ def make_plan(
         EncodingError: Sinks store tensors by a recipe that sources do not hold them in.
     """
     chosen = Shares.from_bytes(shares) if shares else None
-    plan = plan_transfer(_merge("source", sources), _merge("sink", sinks), options, shares=chosen)
+    reader = PlanMemory() if memory is None else memory
+    source, sink = reader.merge("source", sources), reader.merge("sink", sinks)
+    del reader
+    plan = plan_transfer(source, sink, options, shares=chosen, memory=memory)
     if len(plan.encoded.table):
         name = plan.sink.tensors.names[int(plan.encoded.table.codes[0])]
         raise EncodingError(
@@ -91,33 +125,59 @@ def read_options(text: str) -> PlanOptions:
         raise ConfigError(f"unknown plan options {text[:200]!r}: {error}") from error
 
 
-def _merge(side: Side, members: Sequence[tuple[str, bytes]]) -> Manifest:
-    manifests = [Manifest.from_bytes(data, ranks=(label,)) for label, data in members]
-    return Manifest.merge(side, manifests)
+def plan_key(sources: Members, sinks: Members, options: PlanOptions, shares: bytes) -> bytes:
+    """Hash of all that a plan depends on."""
+    digest = hashlib.sha256(repr(options).encode() + shares)
+    for side in (sources, sinks):
+        for label, manifest in side:
+            for part in (label.encode(), manifest):
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(part)
+        digest.update(b"|")
+    return digest.digest()
+
+
+class PlanMaker:
+    """Makes the plans of a coordinator, one after the other; safe from any thread.
+
+    Keeps what the last plan was made of (`PlanMemory`) and what was told of it, not the plan.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._memory = PlanMemory()
+        self._last: tuple[bytes, Agreement] | None = None
+
+    def agree(self, sources: Members, sinks: Members, options: PlanOptions) -> Agreement:
+        """What to tell of the plan between these members; arguments and errors: `make_plan`."""
+        key = plan_key(sources, sinks, options, b"")
+        with self._lock:
+            if self._last is None or self._last[0] != key:
+                planned = make_plan(sources, sinks, options, memory=self._memory)
+                told = planned.shares, planned.options_json, planned.hops
+                self._last = key, Agreement(planned.plan.digest, *told)
+            return self._last[1]
 
 
 class PlanCache:
-    """Plans of bindings, made anew only when a manifest or an option changed."""
+    """Plans of a member's bindings, made anew only when a manifest or an option changed.
+
+    Keeps the last plan, and what it was made of (`PlanMemory`): a replica that leaves or comes back
+    costs a part of a plan only.
+    """
 
     def __init__(self) -> None:
-        self._key: bytes = b""
-        self._plan: Plan | None = None
+        self._memory = PlanMemory()
+        self._last: tuple[bytes, Plan] | None = None
 
     def plan(self, message: pb.Bind) -> Plan:
         """The plan of a binding message. Raises what `make_plan` raises."""
-        digest = hashlib.sha256(message.options_json.encode() + message.shares)
-        for member in (*message.sources, *message.sinks):
-            for part in (member.label.encode(), member.manifest):
-                digest.update(len(part).to_bytes(8, "little"))
-                digest.update(part)
-            digest.update(b"|")
-        key = digest.digest()
-        if self._plan is None or key != self._key:
-            self._plan = make_plan(
-                [(m.label, m.manifest) for m in message.sources],
-                [(m.label, m.manifest) for m in message.sinks],
-                read_options(message.options_json),
-                message.shares,
-            ).plan
-            self._key = key
-        return self._plan
+        sources = [(m.label, m.manifest) for m in message.sources]
+        sinks = [(m.label, m.manifest) for m in message.sinks]
+        options = read_options(message.options_json)
+        key = plan_key(sources, sinks, options, message.shares)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # its memory is better used for the new one
+            arguments = (sources, sinks, options, message.shares, self._memory)
+            self._last = key, make_plan(*arguments).plan
+        return self._last[1]
