@@ -38,6 +38,7 @@ from weightsync.service.coordinator import Coordinator
 from weightsync.service.core_types import WIRE_VERSION
 from weightsync.service.credentials import load_member, load_server
 from weightsync.service.digests import pack_digests
+from weightsync.service.manifests import deflate
 from weightsync.settings import Settings
 
 ANYWHERE = "grpcs://127.0.0.1:0"
@@ -54,7 +55,7 @@ def manifest(side: str, label: str, row: int, num_rows: int, all_rows: int) -> b
     shape = (num_rows, COLUMNS)
     builder.place("w", "w", shape, lo=(row, 0), n=shape)
     built: Manifest = builder.build()
-    return built.to_bytes()
+    return deflate(built.to_bytes())
 
 
 class Fleet:

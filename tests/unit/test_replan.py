@@ -19,6 +19,7 @@ from weightsync.planners.planner import plan_transfer
 from weightsync.planners.replan import PlanMemory
 from weightsync.service import planning
 from weightsync.service import weightsync_pb2 as pb
+from weightsync.service.manifests import deflate, fill_bind
 from weightsync.service.planning import PlanCache, PlanMaker, make_plan
 
 Members = list[tuple[str, bytes]]
@@ -221,19 +222,15 @@ def test_a_job_plans_again_only_what_changed(
     )
     maker, cache = PlanMaker(), PlanCache()
     for number, members in enumerate([sinks(a=2, b=2), sinks(a=2), sinks(a=2, b=2)]):
-        agreed = maker.agree(SOURCES, members, OPTIONS)
+        wire = [[(label, deflate(data)) for label, data in side] for side in (SOURCES, members)]
+        agreed = maker.agree(*wire, OPTIONS)
         expected = real(SOURCES, members, OPTIONS)
         assert agreed.digest == expected.plan.digest
         assert (agreed.shares, agreed.options_json) == (expected.shares, expected.options_json)
         assert agreed.hops == expected.hops
         called(calls)
-        bind = pb.Bind(
-            epoch=number,
-            sources=[pb.MemberManifest(label=n, manifest=m) for n, m in SOURCES],
-            sinks=[pb.MemberManifest(label=n, manifest=m) for n, m in members],
-            options_json=agreed.options_json,
-            shares=agreed.shares,
-        )
+        bind = pb.Bind(epoch=number, options_json=agreed.options_json, shares=agreed.shares)
+        fill_bind(bind, *wire)
         plan = cache.plan(bind)
         assert plan.to_bytes() == expected.plan.to_bytes()
         assert called(calls) == (set() if number else ALL)
@@ -241,6 +238,6 @@ def test_a_job_plans_again_only_what_changed(
         before = made.total()
         bind.epoch += 10
         assert cache.plan(bind) is plan
-        assert maker.agree(list(SOURCES), list(members), OPTIONS) is agreed
+        assert maker.agree(*map(list, wire), OPTIONS) is agreed
         assert made.total() == before
     assert made == {4: 4, 2: 2}

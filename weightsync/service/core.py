@@ -28,6 +28,7 @@ from weightsync.service.core_types import (
 )
 from weightsync.service.core_types import problem as _problem
 from weightsync.service.digests import digests_fault
+from weightsync.service.manifests import fill_bind
 
 __all__ = ["CoordinatorCore"]
 
@@ -97,15 +98,9 @@ class CoordinatorCore:
             return self._finish()
         binding.plan_digest = digest
         binding.set_hops(hops or {})
-        sources = [self._manifest(i) for i in binding.sources]
-        sinks = [self._manifest(i) for i in binding.sinks]
-        for side in (binding.sinks, binding.sources):
-            for index, member_id in enumerate(side):
-                bind = pb.Bind(
-                    epoch=epoch, sources=sources, sinks=sinks, options_json=options_json,
-                    shares=shares, plan_digest=digest, index=index,
-                )  # fmt: skip
-                self._send(member_id, bind=bind)
+        bind = pb.Bind(epoch=epoch, options_json=options_json, shares=shares, plan_digest=digest)
+        fill_bind(bind, self._manifests(binding.sources), self._manifests(binding.sinks))
+        self._send_all([*binding.sinks, *binding.sources], bind=bind)
         return self._finish()
 
     def tick(self, now: float) -> list[Action]:
@@ -283,16 +278,16 @@ class CoordinatorCore:
         self._out.append(
             MakePlan(
                 self.epoch,
-                tuple((self._members[i].label, self._members[i].hello.manifest) for i in sources),
-                tuple((self._members[i].label, self._members[i].hello.manifest) for i in sinks),
+                self._manifests(sources),
+                self._manifests(sinks),
                 min(budgets, default=0),
                 frozenset(self._members[i].hello.fabric for i in sinks),
             )
         )
 
-    def _manifest(self, member_id: int) -> pb.MemberManifest:
-        member = self._members[member_id]
-        return pb.MemberManifest(label=member.label, manifest=member.hello.manifest)
+    def _manifests(self, member_ids: Iterable[int]) -> tuple[tuple[str, bytes], ...]:
+        members = (self._members[i] for i in member_ids)
+        return tuple((member.label, member.hello.manifest) for member in members)
 
     def _on_bind_ready(self, member: Member, message: pb.BindReady) -> None:
         binding = self._binding

@@ -18,6 +18,7 @@ from weightsync.ir.plan import Plan, PlanOptions, Shares
 from weightsync.planners.planner import plan_transfer
 from weightsync.planners.replan import PlanMemory
 from weightsync.service import weightsync_pb2 as pb
+from weightsync.service.manifests import inflate, members_of
 
 __all__ = [
     "Agreement",
@@ -149,11 +150,18 @@ class PlanMaker:
         self._last: tuple[bytes, Agreement] | None = None
 
     def agree(self, sources: Members, sinks: Members, options: PlanOptions) -> Agreement:
-        """What to tell of the plan between these members; arguments and errors: `make_plan`."""
+        """What to tell of the plan between these members; else as `make_plan`.
+
+        Args:
+            sources: Label and deflated manifest of every source rank, by rank.
+            sinks: The same of every sink rank, by sink index.
+            options: Budgets.
+        """
         key = plan_key(sources, sinks, options, b"")
         with self._lock:
             if self._last is None or self._last[0] != key:
-                planned = make_plan(sources, sinks, options, memory=self._memory)
+                whole = inflate(sources), inflate(sinks)
+                planned = make_plan(*whole, options, memory=self._memory)
                 told = planned.shares, planned.options_json, planned.hops
                 self._last = key, Agreement(planned.plan.digest, *told)
             return self._last[1]
@@ -172,12 +180,11 @@ class PlanCache:
 
     def plan(self, message: pb.Bind) -> Plan:
         """The plan of a binding message. Raises what `make_plan` raises."""
-        sources = [(m.label, m.manifest) for m in message.sources]
-        sinks = [(m.label, m.manifest) for m in message.sinks]
+        sources, sinks = members_of(message)
         options = read_options(message.options_json)
         key = plan_key(sources, sinks, options, message.shares)
         if self._last is None or self._last[0] != key:
             self._last = None  # its memory is better used for the new one
-            arguments = (sources, sinks, options, message.shares, self._memory)
-            self._last = key, make_plan(*arguments).plan
+            whole = inflate(sources), inflate(sinks)
+            self._last = key, make_plan(*whole, options, message.shares, self._memory).plan
         return self._last[1]

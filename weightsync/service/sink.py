@@ -24,6 +24,7 @@ from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.core_types import WIRE_VERSION
 from weightsync.service.credentials import MemberCredentials
 from weightsync.service.digests import unpack_digests
+from weightsync.service.manifests import deflate, place_of
 from weightsync.service.member import Member
 from weightsync.service.passing_on import PassingOn
 from weightsync.service.planning import PlanCache
@@ -80,7 +81,7 @@ class SinkMember(Member):
     ) -> None:
         super().__init__(url, connect_timeout_s=connect_timeout_s, credentials=credentials)
         self.label = f"sink {replica}/{rank}"
-        self._manifest = manifest
+        self._manifest = deflate(manifest)
         self._replica, self._rank, self._world_size = replica, rank, world_size
         self._receiver = receiver
         self._fabric_name = fabric_name
@@ -414,8 +415,9 @@ class SinkMember(Member):
                     f"{message.plan_digest[:16]}; install the same weightsync everywhere"
                 )
             self._hops.close()
-            descriptor = self._receiver.bind(plan, message.index)
-            self._hops.bind(plan, message.index, message.epoch)
+            index = place_of(message.sinks, self.label)
+            descriptor = self._receiver.bind(plan, index)
+            self._hops.bind(plan, index, message.epoch)
         except Exception as error:  # noqa: BLE001 - reported to the coordinator
             self._bind_failed(message.epoch, error)
             return

@@ -29,6 +29,7 @@ from weightsync.runtime.staging import StagingPool
 from weightsync.service import weightsync_pb2 as pb
 from weightsync.service.core_types import WIRE_VERSION
 from weightsync.service.credentials import MemberCredentials
+from weightsync.service.manifests import deflate
 from weightsync.service.member import Member, abort_error
 from weightsync.service.passing_on import writes_done
 from weightsync.service.planning import PlanCache
@@ -112,7 +113,7 @@ class SourceMember(Member):
     ) -> None:
         super().__init__(url, connect_timeout_s=connect_timeout_s, credentials=credentials)
         self.rank, self.world_size = rank, world_size
-        self._manifest = manifest
+        self._manifest = deflate(manifest)
         self._fabric, self._fabric_name = fabric, fabric_name
         self._bases, self._sizes = bases, sizes
         self._fingerprint, self._changed_since = fingerprint, changed_since
@@ -336,7 +337,7 @@ class SourceMember(Member):
                 )
             self._unbind()
             self._plan, self._epoch = plan, message.epoch
-            self._programs = source_program(plan, message.index)
+            self._programs = source_program(plan, self.rank)
         except Exception as error:  # noqa: BLE001 - reported to the coordinator
             self._bind_failed(message.epoch, error)
             return

@@ -169,7 +169,7 @@ class Hello(_message.Message):
     generation: _builtins.int
     """incarnation of the process"""
     manifest: _builtins.bytes
-    """of this rank, weightsync.ir.serde"""
+    """of this rank, weightsync.ir.serde, deflated"""
     staging_bytes: _builtins.int
     """sources: budget, 0: default"""
     in_place: _builtins.bool
@@ -733,19 +733,21 @@ class Bind(_message.Message):
     OPTIONS_JSON_FIELD_NUMBER: _builtins.int
     SHARES_FIELD_NUMBER: _builtins.int
     PLAN_DIGEST_FIELD_NUMBER: _builtins.int
-    INDEX_FIELD_NUMBER: _builtins.int
+    MANIFESTS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     options_json: _builtins.str
     """PlanOptions"""
     shares: _builtins.bytes
     plan_digest: _builtins.str
     """of the coordinator's own plan"""
-    index: _builtins.int
-    """of the receiving member within its side"""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberManifest]: ...
     @_builtins.property
     def sinks(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberManifest]: ...
+    @_builtins.property
+    def manifests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """deflated, each once"""
+
     def __init__(
         self,
         *,
@@ -755,11 +757,11 @@ class Bind(_message.Message):
         options_json: _builtins.str = ...,
         shares: _builtins.bytes = ...,
         plan_digest: _builtins.str = ...,
-        index: _builtins.int = ...,
+        manifests: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "index", b"index", "options_json", b"options_json", "plan_digest", b"plan_digest", "shares", b"shares", "sinks", b"sinks", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "manifests", b"manifests", "options_json", b"options_json", "plan_digest", b"plan_digest", "shares", b"shares", "sinks", b"sinks", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -772,12 +774,13 @@ class MemberManifest(_message.Message):
     LABEL_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     label: _builtins.str
-    manifest: _builtins.bytes
+    manifest: _builtins.int
+    """index into Bind.manifests"""
     def __init__(
         self,
         *,
         label: _builtins.str = ...,
-        manifest: _builtins.bytes = ...,
+        manifest: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
