@@ -60,6 +60,15 @@ inline forget_hop(u) {
     fi
 }
 
+/* Write(v) says to which ranks: one that was left out before it was armed does not fence. What it passes
+ * on may arrive before that message does. */
+#ifdef FORWARDS_UNTOLD
+#define MAY_WRITE(v) true
+#define WRITES_TO binding[HOP]
+#else
+#define MAY_WRITE(v) (writev == v)
+#define WRITES_TO (binding[HOP] & writeset)
+#endif
 #ifdef FORWARDS_EARLY
 #define MAY_SEND (got[0] & SOURCE_0)
 #else
@@ -76,13 +85,13 @@ proctype Forwarder() {
 end_forwarder:
     do
     :: d_step {                                         /* its bucket is complete and visible */
-        (st[0] == FILLING || st[0] == DIGESTED) && HOP_PLANNED && sent != rv[0] && MAY_SEND ->
+        (st[0] == FILLING || st[0] == DIGESTED) && HOP_PLANNED && sent != rv[0] && MAY_WRITE(rv[0]) && MAY_SEND ->
         sent = rv[0];
 #ifndef FORWARDS_UNSEEN
         flush(0);
 #endif
         w[HOP] = PASSED_ON(0);
-        FL(HOP, sent) = ((binding[HOP] & BIT(NEXT)) -> RANK_WRITES(NEXT) : 0)
+        FL(HOP, sent) = ((WRITES_TO & BIT(NEXT)) -> RANK_WRITES(NEXT) : 0)
        }
     :: d_step {                                         /* WritesDone(v) */
         (st[0] == FILLING || st[0] == DIGESTED) && sent == rv[0] && done[HOP] != sent && (IN_FLIGHT(sent) & ~DROPPED_WRITES(sent)) == 0 ->
