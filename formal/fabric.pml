@@ -71,8 +71,9 @@ inline flush(r) {
 #ifdef NEXT
 #define CHOOSE_HOP(v_) CHOOSE_CHUNK(HOP, v_, NEXT)
 /* What a rank passes on is read when it posts or later, until the write has landed or it has hung up: it
- * does so before it fences, and before it reports when the target was dropped. */
-#define STILL_READS(v) (IN_USE(0) && rv[0] == v && !(done[HOP] == v && outv[REP(NEXT)] >= v))
+ * does so before it fences, and before it reports without a target that was dropped. */
+#define HUNG_UP(v) (done[HOP] == v && !(covers[HOP] & BIT(NEXT)))
+#define STILL_READS(v) (IN_USE(0) && rv[0] == v && !HUNG_UP(v))
 #define READ_LATE \
         :: s == HOP && STILL_READS(v) -> \
             CLAIM(I15_UNREAD_AFTER_VOTE, vote[0] != v); \

@@ -4,8 +4,7 @@
  * Its fault is SINK_CRASHES: what a frozen one writes when it thaws is what it posted before, landing late.
  */
 #ifdef NEXT
-#define HOP_LEFT(r) (outv[REP(NEXT)] >= rv[r])      /* nobody gets anything from it any more */
-#define SOURCE_0 ((1 << NCH) - 1)                   /* the chunks that it passes on */
+#define SOURCE_0 ((1 << NCH) - 1) /* the chunks that it passes on */
 
 byte sent;                        /* the version whose bucket it has posted */
 #ifdef WITNESS
@@ -13,12 +12,14 @@ byte hop_reports;                 /* versions that it reported */
 #endif
 
 /* ------------------------------------------------------------------ as the others see it */
-/* Expect(v) waits for its report, while somebody counted gets something from it. */
+/* Expect(v) waits for its report while the rank that gets something from it is counted; that rank needs
+ * the report in any case. */
 #ifdef FORWARDER_NOT_AWAITED
 #define HOP_SAID(r) true
 #define HOP_MATCHES(r) (rank_digest[r] != WRONG)
 #else
-#define HOP_SAID(r) (!HOP_PLANNED || HOP_LEFT(r) || (done[HOP] == rv[r] && ((r) != NEXT || (covers[HOP] & BIT(NEXT)))))
+#define HOP_REPORTED(r) (done[HOP] == rv[r] && ((r) != NEXT || (covers[HOP] & BIT(NEXT))))
+#define HOP_SAID(r) (!HOP_PLANNED || HOP_REPORTED(r) || ((r) != NEXT && outv[REP(NEXT)] >= rv[r]))
 #define HOP_MATCHES(r) (rank_digest[r] == source_digest[HOP])
 #endif
 
@@ -60,19 +61,20 @@ inline forget_hop(u) {
     fi
 }
 
-/* Write(v) says to which ranks: one that was left out before it was armed does not fence. What it passes
- * on may arrive before that message does. */
+#define RECEIVES (st[0] == FILLING || st[0] == DIGESTED)
+#ifdef FORWARDS_EARLY
+#define IS_THERE(v) (got[0] & SOURCE_0)
+#else
+#define IS_THERE(v) ((bits[PARITY(v)] & SOURCE_0) == SOURCE_0)
+#endif
+/* Write(v) says to whom: a rank that was left out before it was armed is not fenced. What there is to
+ * pass on may arrive before this message does. */
 #ifdef FORWARDS_UNTOLD
 #define MAY_WRITE(v) true
 #define WRITES_TO binding[HOP]
 #else
 #define MAY_WRITE(v) (writev == v)
 #define WRITES_TO (binding[HOP] & writeset)
-#endif
-#ifdef FORWARDS_EARLY
-#define MAY_SEND (got[0] & SOURCE_0)
-#else
-#define MAY_SEND ((bits[PARITY(rv[0])] & SOURCE_0) == SOURCE_0)
 #endif
 #ifdef FORWARDER_DONE_EARLY
 #define IN_FLIGHT(v) 0
@@ -85,7 +87,7 @@ proctype Forwarder() {
 end_forwarder:
     do
     :: d_step {                                         /* its bucket is complete and visible */
-        (st[0] == FILLING || st[0] == DIGESTED) && HOP_PLANNED && sent != rv[0] && MAY_WRITE(rv[0]) && MAY_SEND ->
+        RECEIVES && HOP_PLANNED && sent != rv[0] && MAY_WRITE(rv[0]) && IS_THERE(rv[0]) ->
         sent = rv[0];
 #ifndef FORWARDS_UNSEEN
         flush(0);
@@ -94,7 +96,7 @@ end_forwarder:
         FL(HOP, sent) = ((WRITES_TO & BIT(NEXT)) -> RANK_WRITES(NEXT) : 0)
        }
     :: d_step {                                         /* WritesDone(v) */
-        (st[0] == FILLING || st[0] == DIGESTED) && sent == rv[0] && done[HOP] != sent && (IN_FLIGHT(sent) & ~DROPPED_WRITES(sent)) == 0 ->
+        RECEIVES && sent == rv[0] && done[HOP] != sent && (IN_FLIGHT(sent) & ~DROPPED_WRITES(sent)) == 0 ->
         done[HOP] = sent;
         source_digest[HOP] = w[HOP];
         covers[HOP] = (IN_FLIGHT(sent) == 0 -> BIT(NEXT) : 0)
