@@ -1,4 +1,4 @@
-"""Writes to a sink that was forgotten, or that fenced, end as lost, however many were on their way."""
+"""Writes to a sink that was forgotten or fenced end as lost, however many were on their way."""
 
 from __future__ import annotations
 
