@@ -76,12 +76,13 @@ inline tell(v, what) {
 inline forget(u) {
     for (i : 0 .. NSINK - 1) { FORGET(vote[i], u); FORGET(rdy[i], u); FORGET(apd[i], u) }
     for (i : 0 .. NREP - 1) { FORGET(applyv[i], u); FORGET(actv[i], u); FORGET(outv[i], u) }
-    for (i : 0 .. NSRC - 1) {
+    for (i : 0 .. NSENDER - 1) {
         if
         :: done[i] <= u -> done[i] = 0; source_digest[i] = 0; covers[i] = 0
         :: else
         fi
     }
+    forget_hop(u);
     if
     :: writev <= u -> writev = 0; writeset = 0
     :: else
@@ -109,7 +110,7 @@ inline forget(u) {
 /* Before the record a replica may be left out while another one remains. */
 #if NREP == 2
 #define DROP_REP(p) :: d_step { \
-        EXPIRED(LOST(p)) && (set & BIT(p)) && set != BIT(p) -> \
+        EXPIRED(LOST(p)) && (set & BIT(p)) && set != BIT(p) && !NEEDED(p) -> \
         EXPIRE(LOST(p)); set = set & ~BIT(p); outv[p] = v }
 #define DROP DROP_REP(0) DROP_REP(1)
 #else
@@ -175,7 +176,7 @@ end_bind:
 #endif
         if
         :: set == 0 -> goto abort                       /* no quorum */
-        :: else -> armset = set; armv = v
+        :: else -> armset = set; armv = v; bind_hop()
         fi
     };
     do

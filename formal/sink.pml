@@ -8,7 +8,9 @@
 #else
 #define COMPLETE(r) (bits[(r) * 2 + PARITY(rv[r])] == CHUNKS(r))
 #endif
-#define EXPECTED(r) (done[0] == rv[r] && done[1] == rv[r] && (covers[0] & BIT(r)) && (covers[1] & BIT(r)))
+#define EXPECTED(r) \
+    (done[0] == rv[r] && done[1] == rv[r] && (covers[0] & BIT(r)) && (covers[1] & BIT(r)) && HOP_SAID(r))
+#define DIGEST(r) (stg[r] == WHOLE(r, rv[r]) -> rv[r] : MIXED)
 #define DIGESTS_MATCH(r) (rank_digest[r] == source_digest[0] && rank_digest[r] == source_digest[1])
 #ifdef SPARSE
 #define DIGEST_NOW(r) EXPECTED(r)                /* fewer orders: digest with the vote */
@@ -53,25 +55,6 @@ inline fence(r) {
     reset_slots(r)
 }
 
-inline flush(r) {
-#if UNSEEN > 0
-#ifndef NO_FLUSH
-    for (i : 0 .. NSRC * NCH - 1) {
-        if
-        :: unseen[r] & BIT(i) -> stg[r] = (stg[r] & ~(3 << (2 * i))) | (rv[r] << (2 * i))
-        :: else
-        fi
-    }
-    i = 0;
-    unseen[r] = 0
-#else
-    skip
-#endif
-#else
-    skip
-#endif
-}
-
 proctype Rank(byte r) {
     byte i;
 end_rank:
@@ -98,14 +81,14 @@ end_rank:
 #ifdef DIGEST_SKIPPED
         rank_digest[r] = rv[r];
 #else
-        rank_digest[r] = (stg[r] == WHOLE(r, rv[r]) -> rv[r] : MIXED);
+        rank_digest[r] = (HOP_FEEDS(r) -> HOP_DIGEST(r) : DIGEST(r));
 #endif
         st[r] = DIGESTED
        }
     :: d_step {                                         /* Expect(v, digests): vote */
-        st[r] == DIGESTED && EXPECTED(r) ->
+        st[r] == DIGESTED && EXPECTED(r) && HAS_PASSED_ON(r) ->
         if
-        :: DIGESTS_MATCH(r) -> st[r] = PREPARED; vote[r] = rv[r]
+        :: (HOP_FEEDS(r) -> HOP_MATCHES(r) : DIGESTS_MATCH(r)) -> st[r] = PREPARED; vote[r] = rv[r]
         :: else -> st[r] = REFUSED
         fi;
         rank_digest[r] = 0
@@ -219,8 +202,8 @@ end_rank:
         st[r] = TORN
        }
 #if SINK_CRASHES > 0
-    :: d_step {                                         /* faults strike rank 0: the ranks are alike */
-        r == 0 && sink_crashes > 0 && st[r] != DEAD ->
+    :: d_step {                                         /* faults strike one rank, in any state */
+        r == VICTIM && sink_crashes > 0 && st[r] != DEAD ->
         sink_crashes--;
         serve[r] = 0; paused[r] = 0; st[r] = DEAD; stg[r] = 0; lv[r] = 0; rank_digest[r] = 0;
         void_generation(r);

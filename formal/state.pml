@@ -20,6 +20,25 @@
 #endif
 #define NSINK (NREP * NRANK)
 
+/* Who passes on (forwarder.pml): rank 0 sends its bucket of source 0 to one other rank, which source 0
+ * then does not write to. NODE: to the other rank of its replica. RELAY: to the same rank of the other
+ * replica, in versions that count both. */
+#ifdef NODE
+#define NEXT 1                    /* the rank that gets it */
+#define HOP_PLANNED true
+#elif defined(RELAY)
+#define NEXT 2
+#define HOP_PLANNED (armset == 3)
+#endif
+#ifdef NEXT
+#define NSENDER (NSRC + 1)
+#define HOP NSRC                  /* number of the forwarder as a sender: behind the sources */
+#define HOP_FEEDS(r) ((r) == NEXT && HOP_PLANNED)
+#else
+#define NSENDER NSRC
+#define HOP_FEEDS(r) false
+#endif
+
 /* ------------------------------------------------------------------ faults, each a budget per run */
 #ifndef DUPS
 #define DUPS 0                    /* writes that the fabric delivers a second time */
@@ -35,6 +54,9 @@
 #endif
 #ifndef SINK_CRASHES
 #define SINK_CRASHES 0            /* a sink rank dies in any state; it may come back as a new process */
+#endif
+#ifndef VICTIM
+#define VICTIM 0                  /* which one: ranks are alike, but for those that pass on */
 #endif
 #ifndef APPLY_FAILS
 #define APPLY_FAILS 0             /* apply fails on a rank that lives on */
@@ -86,11 +108,11 @@
 #define REP_WRITES(p) (((1 << (NCH * NRANK)) - 1) << ((p) * NCH * NRANK))
 #define RANKS_OF(set) (((set) & 1 -> 3 : 0) | ((set) & 2 -> 12 : 0))
 #ifdef SPARSE
-#define FEEDS(s, r) ((r) % NRANK == (s))
+#define FED_BY(r, s) ((r) % NRANK == (s))
 #define CHUNKS(r) (((1 << NCH) - 1) << (((r) % NRANK) * NCH))
 #define CELLS(r) (((1 << (2 * NCH)) - 1) << (2 * ((r) % NRANK) * NCH))
 #else
-#define FEEDS(s, r) true
+#define FED_BY(r, s) true
 #define CHUNKS(r) ((1 << (NSRC * NCH)) - 1)
 #define CELLS(r) ((1 << (2 * NSRC * NCH)) - 1)
 #endif
@@ -107,7 +129,7 @@
 #endif
 
 /* ------------------------------------------------------------------ data plane */
-byte fl[NSRC * NVER];             /* writes in flight from source s for version v: bit per (rank, chunk) */
+byte fl[NSENDER * NVER];          /* writes in flight from sender s for version v: bit per (rank, chunk) */
 byte stg[NSINK];                  /* memory of the target: two bits per chunk, the version it holds */
 byte bits[NSINK * 2];             /* arrival bitmap of the slots of each parity */
 #ifdef DOUBLE_COUNT
@@ -118,14 +140,14 @@ byte got[NSINK];                  /* ghost: chunks of rv that truly arrived */
 byte unseen[NSINK];               /* chunks whose bit is set and whose bytes are not visible yet */
 #endif
 byte exports;                     /* ranks whose last descriptor names their present generation */
-byte binding[NSRC];               /* the same, as the source holds it: a fence clears the rank's bit */
+byte binding[NSENDER];            /* the same, as the sender holds it: a fence clears the rank's bit */
 
-/* ------------------------------------------------------------------ sources */
-byte w[NSRC];                     /* version of the weights in the source's memory */
+/* ------------------------------------------------------------------ senders: sources, then who passes on */
+byte w[NSENDER];                  /* version of the weights in the sender's memory when it posts */
+byte done[NSENDER];               /* WritesDone(v): every attempt locally complete */
+byte source_digest[NSENDER];      /* what that message says the content is ... */
+byte covers[NSENDER];             /* ... and for which ranks: those with no write left in flight */
 byte pub[NSRC];                   /* Publish(v) */
-byte done[NSRC];                  /* WritesDone(v): every attempt locally complete */
-byte source_digest[NSRC];         /* what that message says the content is ... */
-byte covers[NSRC];                /* ... and for which ranks: those with no write left in flight */
 
 /* ------------------------------------------------------------------ sink ranks */
 byte st[NSINK];
@@ -155,7 +177,7 @@ byte outv[NREP];                  /* Drop(v) or Torn(v) to the ranks of a replic
 /* ------------------------------------------------------------------ zombies and budgets left */
 byte zombie_v, zombie_binding;    /* a thawed source 0 that still has to post its writes */
 byte zombie_log_v, zombie_log_set;/* a thawed coordinator that still has to record commit */
-bit corrupt;
+byte corrupt;                     /* 1: source 0 to rank 0, 2: what is passed on */
 byte dups = DUPS;
 byte hidden_left = UNSEEN;
 byte src_crashes = SRC_CRASHES;
@@ -185,6 +207,7 @@ bit I11_LIVE_WEIGHTS_UNTOUCHED = 1;
 bit I12_RECORDED_BEFORE_TOLD = 1;
 bit I13_SOURCES_HOLD_STILL = 1;
 bit I14_NOTHING_STUCK = 1;
+bit I15_UNREAD_AFTER_VOTE = 1;
 #ifdef WITNESS
 bit REACHED = 1;
 bit by_zombie;

@@ -1,7 +1,8 @@
 /*
  * The versions protocol of docs/protocol.md: publish, arrival, vote, decision, apply, fence.
  *
- * Two sources, one coordinator, one or two replicas of two sink ranks, two versions. Faults are
+ * Two sources, one coordinator, one or two replicas of two sink ranks, of which one may pass on what
+ * it received, two versions. Faults are
  * budgets (state.pml), planted bugs are switches named in `formal/check`, which runs everything.
  * Claims carry the numbers of the invariants in docs/protocol.md.
  *
@@ -12,6 +13,7 @@
 #include "state.pml"
 #include "fabric.pml"
 #include "source.pml"
+#include "forwarder.pml"
 #include "sink.pml"
 #include "coordinator.pml"
 
@@ -28,6 +30,10 @@
 #define GOAL (by_zombie && ADOPTED(0))
 #elif WITNESS == 4                /* a replica that was left out of v1 adopts v2 */
 #define GOAL (log[1] == COMMIT && counted == 1 && ADOPTED(1))
+#elif WITNESS == 5                /* v1 aborted without who passes on, v2 adopted with it */
+#define GOAL (log[1] == ABORT && sink_crashes == 0 && dups == 0 && hop_reports == 2 && ADOPTED(0) && ADOPTED(NREP - 1))
+#elif WITNESS == 6                /* who passed on was lost after its vote: the others adopt what it sent */
+#define GOAL (log[1] == COMMIT && counted == 2 && hop_reports == 1 && ADOPTED(1))
 #endif
 
 /* I14: nothing can move any more. Then every version that anyone published is decided and heard of,
@@ -45,6 +51,9 @@ proctype AtRest() {
 #endif
 #ifdef NO_DEADLINE
         CLAIM(I14_NOTHING_STUCK, st[0] == ACTIVE && lv[0] == NVER && st[1] == ACTIVE && lv[1] == NVER);
+#if NREP == 2
+        CLAIM(I14_NOTHING_STUCK, st[2] == ACTIVE && lv[2] == NVER && st[3] == ACTIVE && lv[3] == NVER);
+#endif
 #endif
 #ifdef WITNESS
         assert(!(REACHED && GOAL))
@@ -59,6 +68,9 @@ init {
 #if CORRUPTS > 0
         if
         :: corrupt = 1
+#ifdef NEXT
+        :: corrupt = 2
+#endif
         :: skip
         fi;
 #endif
@@ -67,6 +79,9 @@ init {
         run Source(1);
         for (r : 0 .. NSINK - 1) { run Rank(r) }
         r = 0;
+#ifdef NEXT
+        run Forwarder();
+#endif
         run Coordinator();
 #if COORD_CRASHES > 0
         run ZombieCoordinator();

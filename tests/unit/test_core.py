@@ -328,15 +328,44 @@ def test_a_sink_lost_before_it_passed_on_aborts_like_a_source() -> None:
     assert fleet.decisions[-1] == (2, True)
 
 
-def test_a_sink_lost_after_it_passed_on_takes_its_replica_out_only() -> None:
+def test_a_sink_lost_before_it_checked_what_it_passed_on_aborts() -> None:
     fleet = _relay()
     fleet.stall("sink a/0", at="vote")
+    fleet.publish_all()
+    assert 1 in fleet.actors["sink b/0"].prepared  # with the digests of sink a/0 alone
+    fleet.kill("sink a/0")
+    assert fleet.decisions == [(1, False)]
+
+
+def test_a_replica_left_out_before_it_checked_what_it_passed_on_aborts() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2, "b": 1}, hops={"sink a/0": ["sink b/0"]})
+    fleet.stall("sink a/0", at="vote")
+    fleet.stall("sink a/1", at="vote")
+    fleet.publish_all()
+    fleet.kill("sink a/1")  # not the one that passes on
+    assert fleet.decisions == [(1, False)]
+
+
+def test_a_sink_lost_after_it_passed_on_and_voted_takes_its_replica_out_only() -> None:
+    fleet = _relay()
     fleet.stall("sink b/0", at="vote")
     fleet.publish_all()
     fleet.kill("sink a/0")
     assert fleet.decisions == []
     fleet.resume("sink b/0")
     assert fleet.decisions == [(1, True)]
+
+
+def test_what_was_passed_on_twice_needs_the_first_who_did() -> None:
+    hops = {"sink a/0": ["sink b/0"], "sink b/0": ["sink c/0"]}
+    fleet = Fleet(sources=1, replicas={"a": 1, "b": 1, "c": 1}, hops=hops, lease_s=1e9)
+    fleet.stall("sink a/0", at="vote")
+    fleet.stall("sink c/0", at="vote")
+    fleet.publish_all()
+    fleet.kill("sink b/0")  # it has voted, for what it got from sink a/0
+    assert fleet.decisions == []
+    fleet.kill("sink a/0")
+    assert fleet.decisions == [(1, False)]
 
 
 def test_sinks_that_pass_on_forget_those_that_are_lost() -> None:

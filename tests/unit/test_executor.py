@@ -1,4 +1,4 @@
-"""Writes to a sink that was forgotten end as lost, however many were on their way."""
+"""Writes to a sink that was forgotten or fenced end as lost, however many were on their way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weightsync.errors import TransferError, TransferTimeoutError
+from weightsync.errors import FencedError, TransferError, TransferTimeoutError
 from weightsync.ir import ManifestBuilder, PlanOptions
 from weightsync.planners.planner import plan_transfer
 from weightsync.runtime.executor import Executor, Outcome
@@ -88,6 +88,32 @@ def test_all_writes_to_a_forgotten_sink_are_lost() -> None:
     thread.join(20)
     [outcome] = found
     assert isinstance(outcome, Outcome), outcome
+    assert outcome.lost_sinks == {0}
+    assert outcome.digests == {}
+    assert len(memory) == COUNT
+
+
+class Fenced(Stalled):
+    """A connection whose peer fences: what is on its way fails, and nothing more is taken."""
+
+    def __init__(self, *, after: int) -> None:
+        super().__init__()
+        self.num_taken = after
+
+    def post(self, writes: Any) -> Stalled:
+        if self.num_posted == self.num_taken:
+            raise FencedError("the target was fenced or closed")
+        return super().post(writes)
+
+    def wait(self, timeout_s: float) -> None:
+        raise FencedError("the target was fenced or closed")
+
+
+@pytest.mark.parametrize("after", [0, 1, COUNT])
+def test_a_sink_that_fences_is_lost_also_before_it_is_forgotten(after: int) -> None:
+    executor, bases, memory = started(Fenced(after=after))
+    outcome = executor.run(1, bases, deadline=time.monotonic() + 20, cancel=threading.Event())
+    assert outcome is not None
     assert outcome.lost_sinks == {0}
     assert outcome.digests == {}
     assert len(memory) == COUNT

@@ -19,7 +19,13 @@ import numpy.typing as npt
 
 from weightsync.encodings import kernels
 from weightsync.encodings.digest import digest_add
-from weightsync.errors import PeerLostError, TransferError, TransferTimeoutError, WeightSyncError
+from weightsync.errors import (
+    FencedError,
+    PeerLostError,
+    TransferError,
+    TransferTimeoutError,
+    WeightSyncError,
+)
 from weightsync.ir.dtypes import ITEMSIZE
 from weightsync.ir.plan import QUEUE_DEPTH
 from weightsync.runtime.pipeline import Pipeline, Stage, StageTime
@@ -32,6 +38,8 @@ __all__ = ["Executor", "Outcome"]
 Int64 = npt.NDArray[np.int64]
 
 _POLL_S = 0.05  # how often a waiting stage looks for a cancel
+# A sink fences what its replica is out of; that may be heard here before Forget or an abort is.
+_GONE = (PeerLostError, FencedError)
 
 
 @dataclass
@@ -170,7 +178,7 @@ class Executor:
                 job.operation = remote.post(np.ascontiguousarray(np.stack(columns, axis=1)))
             except WeightSyncError as error:
                 # Also when the stage behind has closed the connection to a forgotten sink.
-                if not isinstance(error, PeerLostError) and program.sink not in lost:
+                if not isinstance(error, _GONE) and program.sink not in lost:
                     raise
                 lost.add(program.sink)
 
@@ -211,7 +219,7 @@ class Executor:
         while True:
             try:
                 operation.wait(_POLL_S)
-            except PeerLostError:
+            except _GONE:
                 lost.add(sink)
             except TransferTimeoutError:
                 if cancel.is_set():

@@ -229,7 +229,9 @@ class OpenVersion:
         """Say once, when all have written, what each sink that takes part has to compare with."""
         if self.is_told or self.binding is None or self.phase is not Phase.WRITING:
             return
-        if not self.written >= self.published or self.waits_for(self.binding.hops):
+        if not self.written >= self.published or self._is_fed_by(
+            self.binding.hops.keys() - self.written
+        ):
             return
         self.is_told = True
         found = by_sink(self.digests)
@@ -239,14 +241,26 @@ class OpenVersion:
                 yield member_id, pb.Expect(version=self.version, digests=found.get(number))
 
     def waits_for(self, ranks: Iterable[int]) -> bool:
-        """Whether a rank that still takes part gets something from these, and has not got it."""
+        """Whether a rank that still takes part gets something from these that they may yet fail.
+
+        Not only until they have written: it compares with what its sender read, and that this was
+        right is known by the sender's own vote.
+        """
+        return self._is_fed_by(set(ranks) - self.voted)
+
+    def _is_fed_by(self, ranks: set[int]) -> bool:
+        """Whether a rank that still takes part gets something from these, through others too."""
         if self.binding is None:
             return False
         left = self.ranks()
-        return any(
-            not left.isdisjoint(self.binding.hops.get(member, ()))
-            for member in set(ranks) - self.written
-        )
+        seen, todo = set(ranks), list(ranks)
+        while todo:
+            others = self.binding.hops.get(todo.pop(), frozenset())
+            if not left.isdisjoint(others):
+                return True
+            todo += others - seen
+            seen |= others
+        return False
 
 
 class Roster:
