@@ -306,10 +306,11 @@ class Fleet:
         elif kind == "arm":
             actor.state, actor.version = pb.FILLING, message.arm.version
             self._say(actor, "armed", armed=pb.Armed(version=message.arm.version))
+        elif kind == "write" and not is_source:
             if actor.label in self.hops:
                 sinks = [self.sink_index[other] for other in self.hops[actor.label]]
                 digests = pack_digests({sink: np.array([7], np.uint64) for sink in sinks})
-                done = pb.WritesDone(version=message.arm.version, digests=digests)
+                done = pb.WritesDone(version=message.write.version, digests=digests)
                 self._say(actor, "forward", writes_done=done)
         elif kind == "expect":
             problem = None

@@ -270,6 +270,7 @@ class Transfer:
 
         hops, receiver = self._fleet.hops[index], self._fleet.receivers[index]
         with hops.during(self._version, self._deadline, cancel, send):
+            hops.begin(self._version)
             return receiver.fill(self._version, expected, deadline=self._deadline, cancel=cancel)
 
     def prepared(self) -> list[int]:
@@ -291,10 +292,10 @@ class Transfer:
         return [i for i in sinks if self.sinks[i].result(2 * WAIT_S) is not None]
 
     def writes_late(self, frozen: int) -> bool:
-        """Let the frozen sink go on, and wait; whether all that it still wrote was taken."""
+        """Let the frozen sink go on, and wait; whether any sink took all that it still wrote."""
         self._thaw.set()
         settle(lambda: NUM_SOURCES + frozen in self._reports or self.sinks[frozen].done(), WAIT_S)
         self._end.set()
         with contextlib.suppress(WeightSyncError):  # what it wrote to is fenced
             self.sinks[frozen].result(2 * WAIT_S)
-        return NUM_SOURCES + frozen in self._reports
+        return bool(self._reports.get(NUM_SOURCES + frozen))

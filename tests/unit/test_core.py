@@ -315,6 +315,18 @@ def test_nothing_is_written_before_they_are_connected() -> None:
     assert fleet.decisions == [(1, True)]
 
 
+def test_sinks_that_pass_on_hear_whom_to_forget_before_they_may_write() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1, "b": 2}, hops={"sink a/0": ["sink b/0"]})
+    fleet.stall("sink b/0", at="armed")
+    fleet.stall("sink b/1", at="armed")
+    fleet.publish_all()
+    assert "write" not in fleet.kinds("sink a/0")
+    fleet.kill("sink b/1")  # sink b/0 is not armed: nothing may write to it
+    kinds = fleet.kinds("sink a/0")
+    assert kinds.index("forget") < kinds.index("write")
+    assert "write" not in fleet.kinds("sink b/0")
+
+
 def test_a_sink_lost_before_it_passed_on_aborts_like_a_source() -> None:
     fleet = _relay()
     fleet.stall("sink a/0", at="forward")

@@ -395,7 +395,8 @@ class CoordinatorCore:
             version.phase = Phase.WRITING
             left_s = version.deadline - self._now
             write = pb.Write(version=version.version, deadline_s=left_s)
-            self._send_all(sorted(version.published), write=write)
+            told = [*sorted(version.published), *sorted(version.passing_on())]
+            self._send_all(told, write=write)
 
     def _on_writes_done(self, member: Member, message: pb.WritesDone) -> None:
         version = self._current(message.version)

@@ -225,6 +225,10 @@ class OpenVersion:
             and self.voted >= self.ranks()
         )
 
+    def passing_on(self) -> set[int]:
+        """Sinks that still take part and pass on."""
+        return self.ranks() & self.binding.hops.keys() if self.binding is not None else set()
+
     def expects(self) -> Iterator[tuple[int, pb.Expect]]:
         """Say once, when all have written, what each sink that takes part has to compare with."""
         if self.is_told or self.binding is None or self.phase is not Phase.WRITING:

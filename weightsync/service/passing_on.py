@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from weightsync import failpoints
-from weightsync.errors import InternalError, WeightSyncError
+from weightsync.errors import InternalError, TransferTimeoutError, WeightSyncError
 from weightsync.ir.plan import Plan
 from weightsync.runtime.executor import Executor, Outcome
 from weightsync.runtime.forwarder import Forwarder
@@ -22,6 +23,8 @@ from weightsync.transport.base import Remote
 __all__ = ["PassingOn", "writes_done"]
 
 _log = logging.getLogger(__name__)
+
+_POLL_S = 0.05  # how often one that may not write yet looks for a cancel
 
 
 class PassingOn:
@@ -38,6 +41,8 @@ class PassingOn:
         self._programs: list[BucketProgram] = []
         self._epoch = 0
         self._forwarder: Forwarder | None = None
+        self._version = 0  # the open one
+        self._may_write = threading.Event()
 
     def bind(self, plan: Plan, sink: int, epoch: int) -> None:
         """Take on a plan; raises what `hop_program` raises."""
@@ -80,6 +85,11 @@ class PassingOn:
         if forwarder is not None:
             forwarder.forget(sinks)
 
+    def begin(self, version: int) -> None:
+        """Write(v) came: who was left out before it is forgotten, everybody else is armed."""
+        if version == self._version:
+            self._may_write.set()
+
     def close(self) -> None:
         """Hang up and drop the plan; nothing may be running."""
         if self._forwarder is not None:
@@ -94,7 +104,7 @@ class PassingOn:
         cancel: threading.Event,
         send: Callable[..., None],
     ) -> Iterator[None]:
-        """Pass on while the body receives; leave when both are done.
+        """Pass on while the body receives, from `begin` on; leave when both are done.
 
         The report of what was written goes out as soon as it is, since others wait for it.
 
@@ -112,9 +122,17 @@ class PassingOn:
             yield
             return
         problems: list[Exception] = []
+        self._may_write.clear()
+        self._version = version
 
         def run() -> None:
             try:
+                # What there is to pass on may come before Write(v) does, and before a Forget.
+                while not self._may_write.wait(_POLL_S):
+                    if cancel.is_set():
+                        return
+                    if time.monotonic() >= deadline:
+                        raise TransferTimeoutError("nobody said that writing may begin in time")
                 bases = self._receiver.bases()
                 outcome = forwarder.run(version, bases, deadline=deadline, cancel=cancel)
                 if outcome is not None:

@@ -320,6 +320,8 @@ class SinkMember(Member):
             self.submit(lambda: self._bind(message.bind))
         elif kind == "exports":
             self.submit(lambda: self._connect_peers(message.exports))
+        elif kind == "write":
+            self._hops.begin(message.write.version)
         elif kind == "forget":
             self._hops.forget(set(message.forget.sinks))
         elif kind == "bound":
