@@ -140,6 +140,7 @@ with open_fabric("{FABRIC}") as engine:
     target.wait([0], 20.0)
     target.flush()
     print(bytes(memory).hex(), flush=True)
+    input()  # what has arrived is not yet complete at its source
 """
 
 
@@ -150,13 +151,17 @@ def test_a_process_that_may_not_be_read_goes_the_far_way(
     if prefix and subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no PID namespaces here: needs unshare, and the right to")
     command = [*prefix, sys.executable, "-c", SINK]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sink:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as sink:
+        assert sink.stdin is not None
         assert sink.stdout is not None
         remote = trio.near.connect(bytes.fromhex(sink.stdout.readline()), WAIT_S)
         assert remote.peer.startswith(f"{way} ")
         for number in range(2):
             remote.post(trio.half(number)).wait(WAIT_S)
         assert bytes.fromhex(sink.stdout.readline()) == trio.payload.tobytes()
+        sink.stdin.write("\n")
 
 
 def test_both_sides_must_be_of_one_fabric(trio: Trio) -> None:
