@@ -95,7 +95,9 @@ class Zygote:
 
     def __init__(self) -> None:
         root = Path(__file__).resolve().parents[2]
-        environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root.parent}"}
+        path = f"{root}{os.pathsep}{root.parent}"
+        # A worker that crashes says where.
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "support.chaos.zygote"],
             stdin=subprocess.PIPE,
@@ -328,11 +330,14 @@ class Run:
         return True
 
     def _tails(self) -> str:
-        return "; ".join(
+        last = [
             f"{name}: {lines[-1]}"
             for name in self._latest
             if (lines := world.notes(self.folder, name))
-        )
+        ]
+        with self.zygote._changed:
+            ended = {k: self.zygote.ends[k] for k in self._latest.values() if k in self.zygote.ends}
+        return "; ".join([*last, f"ended, with their statuses: {ended}"])
 
     def _violate(self, text: str) -> None:
         self.result.violations.append(text)
