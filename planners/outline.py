@@ -80,7 +80,10 @@ class Outline:
         if len(inputs.encoded.table):
             shapes = inputs.sink.tensors.shape[like]
             election = encode.follow_codes(election, classes, boxes, inputs.cells, shapes)
-        return cls(inputs, options, sink, shares, election)
+        made = cls(inputs, options, sink, shares, election)
+        if memory is None:  # with one they may not be needed
+            _ = made.maxima, made.stamped
+        return made
 
     @functools.cached_property
     def maxima(self) -> MaxTable:

@@ -54,7 +54,7 @@ def _counters() -> Counters:
     full = FRAME * 1.002
     sent = [rails(4 * MB * full), rails(2 * MB * full), [0, 0], rails(0.01 * 6 * MB)]
     received = [rails(0.01 * 4 * MB), rails(0.01 * 2 * MB), [0, 0], rails(6 * MB * full)]
-    return Counters(sent, received, 3)
+    return Counters(sent, received, [0] * 4, 3)
 
 
 def _report(seen: Observed, counters: Counters) -> dict[str, Any]:
@@ -80,6 +80,19 @@ def test_what_the_plan_says_matches() -> None:
 def test_a_link_that_carries_something_else_is_seen(what: str, host: int, nbytes: int) -> None:
     counters = _counters()
     getattr(counters, what)[host][0] += nbytes
+    assert _report(_seen(), counters)["match"] is False
+
+
+def test_what_was_sent_again_is_known_to_the_host() -> None:
+    counters = _counters()
+    counters.sent[1][0] += 20 * 9014  # 9 percent of what host 1 was to send
+    assert _report(_seen(), counters)["match"] is False
+    counters.resent[1] = 20
+    found = _report(_seen(), counters)
+    assert found["match"] is True
+    assert found["extra_max"] == pytest.approx(0.002, abs=1e-5)
+    assert found["resent"] == [20]
+    counters.resent[1], counters.resent[0] = 0, 20  # of another host
     assert _report(_seen(), counters)["match"] is False
 
 

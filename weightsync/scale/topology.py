@@ -79,11 +79,13 @@ class Counters:
 
     Attributes:
         sent, received: `[host][rail]`.
+        resent: TCP segments that each host sent again, over all its links, `[host]`.
         dropped: Packets that a queue had no room for, over all links.
     """
 
     sent: list[list[int]]
     received: list[list[int]]
+    resent: list[int]
     dropped: int
 
     def since(self, before: Counters) -> Counters:
@@ -91,6 +93,7 @@ class Counters:
         return Counters(
             _minus(self.sent, before.sent),
             _minus(self.received, before.received),
+            [now - then for now, then in zip(self.resent, before.resent, strict=True)],
             self.dropped - before.dropped,
         )
 
@@ -143,6 +146,7 @@ class Network:
         return Counters(
             sent=[[int(queue["bytes"]) for queue in row] for row in links],
             received=[[int(queue["bytes"]) for queue in row] for row in ports],
+            resent=[_resent(self.inside(host)) for host in self._all()],
             dropped=sum(int(queue["drops"]) for row in ports + links for queue in row),
         )
 
@@ -293,6 +297,13 @@ def _queues(namespace: str) -> dict[str, dict[str, Any]]:
     """Return the statistics of every tbf of a namespace by device."""
     found = json.loads(_run("tc", "-n", namespace, "-s", "-j", "qdisc", "show"))
     return {queue["dev"]: queue for queue in found if queue["kind"] == "tbf"}
+
+
+def _resent(inside: Sequence[str]) -> int:
+    """Return how many segments TCP has sent again in a namespace."""
+    lines = _run(*inside, "cat", "/proc/net/snmp").splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+    return int(dict(zip(names, values, strict=True))["RetransSegs"])
 
 
 def _run(*command: str, lines: Sequence[str] | None = None) -> str:
