@@ -196,7 +196,6 @@ def _message(report: PlanReport) -> str:
 _WAYS_OUT: Final[dict[str, Callable[[PlanReport], str]]] = {
     "receiver": _receiver,
     "receiver_dedup": _receiver,
-    "unique": _receiver,
     "source": _source,
     "sender": _sender,
     "cut": _cut,
