@@ -243,6 +243,13 @@ class Run:
         for _ in range(self.rounds):
             version = self._next(version)
             self._until(lambda v=version: self._is_over(v), f"version {version} is over")
+            if not self.result.was_hit and self._is_hit(victim):
+                # Late: its replica had no part in the fault version, as it was silent for a lease.
+                self.result.was_hit = True
+                if self.fault.action == "kill":
+                    self._start(victim, restarted=True)
+                else:
+                    _thaw(zombie)
             if self._until(lambda v=version: self._all_adopted(v), "all adopt", 1, must=False):
                 break
         else:
