@@ -351,7 +351,7 @@ class CoordinatorCore:
                 self._reject(member, number, problem.error, problem.message)
                 return
             timeout_s = message.timeout_s if message.timeout_s > 0 else self.options.timeout_s
-            version = OpenVersion(number, message.tag, self._now + timeout_s)
+            version = OpenVersion(number, self._now + timeout_s)
             self._open = version
         elif message.version and message.version != version.version:
             text = f"{member.label} publishes {message.version} while {version.version} is open"

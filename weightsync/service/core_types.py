@@ -194,7 +194,6 @@ class OpenVersion:
     """The version between its first publish and its decision."""
 
     version: int
-    tag: str
     deadline: float
     phase: Phase = Phase.OPEN
     binding: Binding | None = None  # set with ARMING; outlives the job's when a sink is lost

@@ -132,7 +132,10 @@ class PassingOn:
                     if cancel.is_set():
                         return
                     if time.monotonic() >= deadline:
-                        raise TransferTimeoutError("nobody said that writing may begin in time")
+                        raise TransferTimeoutError(
+                            f"{self._label} was not told in time that writing may begin",
+                            version=version,
+                        )
                 bases = self._receiver.bases()
                 outcome = forwarder.run(version, bases, deadline=deadline, cancel=cancel)
                 if outcome is not None:

@@ -86,7 +86,7 @@ class SourceMember(Member):
             version is open. Returns the name of what changed, or None, when given the old one.
         owner: Keeps the weights' memory alive.
         sizes: Bytes of every buffer, in manifest order.
-        staging_bytes: Budget; 0 takes one default bucket.
+        staging_bytes: Budget; 0 takes eight of its largest buckets.
         threads: Kernel threads.
         connect_timeout_s: For joining.
         credentials: Token and CA, for grpcs://.
@@ -153,7 +153,7 @@ class SourceMember(Member):
             self._open = opened
             self._taken = self._fingerprint()
             if self.session is not None:  # else `rejoined` sends it
-                self.send(publish=pb.Publish(version=version, tag=tag, timeout_s=timeout_s))
+                self.send(publish=pb.Publish(version=version, timeout_s=timeout_s))
         failpoints.hit("source.published")
         return opened
 
@@ -470,9 +470,7 @@ class SourceMember(Member):
             opened = self._open
             if opened is not None and not opened.is_decided and opened.version == 0:
                 left_s = max(0.1, opened.deadline - time.monotonic())
-                self.send(
-                    publish=pb.Publish(version=opened.requested, tag=opened.tag, timeout_s=left_s)
-                )
+                self.send(publish=pb.Publish(version=opened.requested, timeout_s=left_s))
 
     def prepare_rejoin(self, why: WeightSyncError) -> None:
         """See `Member`."""
