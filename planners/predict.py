@@ -186,7 +186,7 @@ def predict(
             budget_bytes=int(budgets[number]) if number < num_sources else 0,
         )
         senders.append(kind(tasks, begin_s))
-    sender, is_local = _sender_of(plan), _is_local(plan, cluster)
+    sender, is_local = plan.sender, _is_local(plan, cluster)
     wire = _wire(plan, cluster, rates, senders, is_local)
     wire.run()
     arrival = wire.end_s + cluster.latency_s
@@ -239,19 +239,12 @@ def predict(
     )
 
 
-def _sender_of(plan: Plan) -> IntArray:
-    """Return who sends each bucket: a source, or a sink behind all sources."""
-    sender = plan.buckets.src_rank.astype(np.int64)
-    sender[plan.num_direct :] += len(plan.source.ranks)
-    return sender
-
-
 def _programs(plan: Plan) -> list[slice]:
     """Return the buckets of each sender; sinks are among them only where any passes on."""
     num = len(plan.source.ranks)
     if plan.num_direct < len(plan.buckets):
         num += len(plan.sink.ranks)
-    first = np.searchsorted(_sender_of(plan), np.arange(num + 1)).tolist()
+    first = np.searchsorted(plan.sender, np.arange(num + 1)).tolist()
     return [slice(a, b) for a, b in itertools.pairwise(first)]
 
 
@@ -338,7 +331,7 @@ def _wire(
         step_s = float((loads / capacities).max()) / _MAX_STEPS
     return Wire(
         senders,
-        _sender_of(plan),
+        plan.sender,
         dst.astype(np.int64),
         np.stack(ports, axis=1),
         buckets.nbytes,

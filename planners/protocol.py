@@ -100,8 +100,7 @@ def decided_s(
     way_s, message = cluster.control_round_trip_s / 2, cluster.control_message_s
     num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
     dst = plan.buckets.dst_rank.astype(np.int64)
-    sender = plan.buckets.src_rank.astype(np.int64)
-    sender[plan.num_direct :] += num_sources
+    sender = plan.sender
     num_pairs = len(np.unique(sender * num_sinks + dst))
     # Sinks that pass nothing on have nothing to report.
     tells = np.arange(len(written)) < num_sources

@@ -112,8 +112,7 @@ class _Rows:
     def __init__(self, plan: Plan, cluster: Cluster) -> None:
         self._plan, self._cluster = plan, cluster
         # Each bucket's place among those of its sender.
-        sender = plan.buckets.src_rank.astype(np.int64)
-        sender[plan.num_direct :] += len(plan.source.ranks)
+        sender = plan.sender
         self._round = np.arange(len(sender)) - np.searchsorted(sender, sender)
         # Codes and scales go by the name of the values they are made of.
         self.name_of = np.arange(len(plan.sink.tensors))

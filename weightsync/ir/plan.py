@@ -392,10 +392,19 @@ class Plan:
         first, last = np.searchsorted(passed_on, [sink_rank, sink_rank + 1])
         return self.num_direct + np.arange(first, last)
 
-    def sender_number(self, bucket: int) -> int:
-        """Return who sends a bucket: a source rank, or the number of sources plus a sink rank."""
-        is_hop = bucket >= self.num_direct
-        return int(self.buckets.src_rank[bucket]) + is_hop * len(self.source.ranks)
+    @property
+    def sender(self) -> IntArray:
+        """Who sends each bucket: a source rank, or the number of sources plus a sink rank, `(B,)`.
+
+        Made anew by every call.
+        """
+        sender = self.buckets.src_rank.astype(np.int64)
+        sender[self.num_direct :] += len(self.source.ranks)
+        return sender
+
+    def sender_label(self, sender: int) -> str:
+        """Return the label of the rank that `sender` numbers."""
+        return [*self.source.ranks, *self.sink.ranks][sender]
 
     def inbound(self, dst_rank: int) -> IntArray:
         """Return the buckets that a sink rank receives, ascending; the position is its slot."""

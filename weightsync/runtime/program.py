@@ -80,7 +80,7 @@ class InboundBucket:
 
     Args:
         bucket: Number in the plan.
-        source: Who sends it: a source rank, or the number of sources plus a sink that passes it on.
+        sender: A source rank, or the number of sources plus a sink that passes it on.
         slot: Index among the sink's buckets (before parity).
         num_chunks: Arrivals that complete it.
         digest: (R, 19) int64 `digest` table; addresses relative to the arena.
@@ -89,7 +89,7 @@ class InboundBucket:
     """
 
     bucket: int
-    source: int
+    sender: int
     slot: int
     num_chunks: int
     digest: Int64
@@ -220,12 +220,13 @@ def inbound_buckets(plan: Plan, sink: int) -> list[InboundBucket]:
     )
     ends = np.cumsum(row_hi - row_lo)
     found = []
+    sender = plan.sender
     for slot, bucket in enumerate(bucket_ids.tolist()):
         of_rows = slice(ends[slot] - (row_hi[slot] - row_lo[slot]), ends[slot])
         found.append(
             InboundBucket(
                 bucket=bucket,
-                source=plan.sender_number(bucket),
+                sender=int(sender[bucket]),
                 slot=slot,
                 num_chunks=int(buckets.chunk_hi[bucket] - buckets.chunk_lo[bucket]),
                 digest=digest[of_rows],

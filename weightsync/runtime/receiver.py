@@ -288,25 +288,26 @@ class Receiver:
         found: dict[int, int],
         expected: Callable[[int], npt.NDArray[np.uint64] | None],
     ) -> bool:
-        """Check every bucket; False while some source has not reported."""
-        by_source: dict[int, list[InboundBucket]] = {}
+        """Check every bucket; False while some sender has not reported."""
+        by_sender: dict[int, list[InboundBucket]] = {}
         for bucket in self.buckets:
-            by_source.setdefault(bucket.source, []).append(bucket)
-        for source, buckets in by_source.items():
-            values = expected(source)
+            by_sender.setdefault(bucket.sender, []).append(bucket)
+        for sender, buckets in by_sender.items():
+            values = expected(sender)
             if values is None:
                 return False
             if len(values) != len(buckets):
                 raise IntegrityError(
-                    f"source {source} reported {len(values)} digests for {len(buckets)} buckets"
+                    f"{self.plan.sender_label(sender)} reported {len(values)} digests for "
+                    f"{len(buckets)} buckets"
                 )
             for bucket, value in zip(buckets, values.tolist(), strict=True):
                 if found[bucket.slot] != value:
                     names = [self.plan.sink.tensors.names[t] for t in bucket.tensors.tolist()]
                     more = f" and {len(names) - _MAX_NAMED} more" * (len(names) > _MAX_NAMED)
                     raise IntegrityError(
-                        f"bucket {bucket.bucket} from source {source} holds other values than "
-                        f"were read there: {', '.join(names[:_MAX_NAMED])}{more}",
+                        f"bucket {bucket.bucket} from {self.plan.sender_label(sender)} holds other "
+                        f"values than were read there: {', '.join(names[:_MAX_NAMED])}{more}",
                         tensor=names[0] if len(names) == 1 else None,
                         rank=self.sink,
                     )
@@ -325,7 +326,7 @@ class Receiver:
         for slot, bucket in list(waiting.items())[:_MAX_NAMED]:
             missing = len(target.missing(slot))
             texts.append(
-                f"bucket {bucket.bucket} from source {bucket.source} "
+                f"bucket {bucket.bucket} from {self.plan.sender_label(bucket.sender)} "
                 f"({missing} of {bucket.num_chunks} chunks missing)"
             )
         raise TransferTimeoutError(
