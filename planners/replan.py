@@ -8,7 +8,7 @@ keeps that of the last plan, and `plan_transfer` asks it before it makes a thing
 kept                what it depends on                                      used again
 ==================  ======================================================  ======================
 merged manifests    serialised manifests of the ranks                       while they are equal
-`Placement`         content of the sources and of one replica               while both are equal
+`Placement`         content of the sources and of one replica, options      while all are equal
 `Prepared`          a placement, options, and who was elected to send what  while all are equal
 a proof             the digest of the plan of one replica                   for an equal digest
 ==================  ======================================================  ======================

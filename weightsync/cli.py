@@ -431,7 +431,7 @@ def calibrate(
 ) -> None:
     """Measure this host's constants, and store them as a cluster for `weightsync plan`.
 
-    Runs real jobs over the tcp fabric between processes of this host. What no other host takes part
+    Runs real jobs over the tcp fabric between processes of this host. What other hosts take part
     in, such as the latency of a switch, is not in it: docs/scale-model.md says what is.
     """
 

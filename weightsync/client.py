@@ -99,7 +99,7 @@ class Job:
             lease_s: A member that is silent for longer is taken for lost.
             journal: SQLite file that survives this process; a job started again on it goes on
                 with its versions. None keeps decisions in memory.
-            bucket_bytes: Size of the unit that is staged, tracked and verified; None: 64 MiB.
+            bucket_bytes: Size of the unit that is staged, tracked and verified; None: 32 MiB.
             ranks_per_node: Sink ranks of a replica that share a node; they fill nodes in order.
             node_dedup: Whether what they store alike crosses the network once ("auto", "on",
                 "off"); one of them passes it on. Without effect where ranks_per_node is 1. "auto"

@@ -44,7 +44,7 @@ HOSTS = ([0, 1], [3])
 
 def _seen() -> Observed:
     sources: list[dict[str, Any]] = [{"bytes": 4 * MB}, {"bytes": 2 * MB}]
-    return Observed(0.4, {"wire": 0.32}, 6 * MB, sources, [{"placed": 6 * MB}])
+    return Observed(0.4, {"wire": 0.32}, sources, [{"placed": 6 * MB}])
 
 
 def _counters() -> Counters:

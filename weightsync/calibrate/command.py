@@ -29,6 +29,7 @@ from weightsync.units import MIB
 __all__ = ["CalibrateOptions", "run_calibrate"]
 
 _MAX_RANKS: Final = 64
+_IP_S: Final = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,9 @@ def _speed(address: str) -> float | None:
     """Return the Gbit/s of the interface that has an address; None where nobody knows."""
     if (ip := shutil.which("ip")) is None:
         return None
-    listed = subprocess.run([ip, "-j", "address"], capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        [ip, "-j", "address"], capture_output=True, text=True, timeout=_IP_S, check=False
+    )
     for link in json.loads(listed.stdout or "[]"):
         if address in {one["local"] for one in link["addr_info"]}:
             try:

@@ -95,13 +95,11 @@ class Observed:
         stages_s: The same cut into `publish` (until the first bucket is read), `wire` (until the
             last write is complete at its source), `verify` (until the last sink has checked
             everything) and `commit`; besides `pause`, the longest copy over live weights.
-        bytes_sent: Payload of all sources.
         sources, sinks: What each said.
     """
 
     seconds: float
     stages_s: dict[str, float]
-    bytes_sent: int
     sources: list[Message]
     sinks: list[Message]
 
@@ -115,8 +113,7 @@ class Fleet:
         folder: For logs, journals and the job's certificates.
         sources, sinks: Where they run.
         coordinator: Where jobs are hosted.
-        fabric: For weights.
-        fabric_options: Besides the hosts' addresses.
+        fabric_options: Of the fabric `tcp`, besides the hosts' addresses.
     """
 
     def __init__(
@@ -126,13 +123,11 @@ class Fleet:
         sources: Sequence[Host],
         sinks: Sequence[Host],
         coordinator: Host,
-        fabric: str = "tcp",
         fabric_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.team = Team(folder, package="weightsync.fleet")
         self._hosts = (list(sources), list(sinks))
-        self._fabric = fabric
         self._fabric_options = dict(fabric_options or {})
         self._url, token = f"unix:{folder}/job", None
         if coordinator.control is not None:
@@ -150,7 +145,7 @@ class Fleet:
 
     def start(self) -> None:
         """Start all processes and wait until they have loaded their modules."""
-        shared = {"fabric": self._fabric, "token_file": self._token_file}
+        shared = {"fabric": "tcp", "token_file": self._token_file}
         self.coordinator = self.team.start(
             "coordinator",
             "coordinator",
@@ -163,8 +158,6 @@ class Fleet:
         ):
             for rank, host in enumerate(hosts):
                 options = {**self._fabric_options, "addresses": list(host.addresses)}
-                if self._fabric != "tcp":
-                    options = self._fabric_options
                 workers.append(
                     self.team.start(
                         f"{role} {rank}",
@@ -349,7 +342,6 @@ def _observed(published: list[Message], adopted: list[Message]) -> Observed:
     return Observed(
         seconds=committed - began,
         stages_s=stages,
-        bytes_sent=sum(int(event["bytes"]) for event in published),
         sources=published,
         sinks=adopted,
     )

@@ -53,7 +53,6 @@ class _Sink(Rank[SinkMember]):
     def __init__(self, channel: Channel, options: Message) -> None:
         super().__init__(options)
         self._channel = channel
-        self._receiver: Receiver | None = None
         self._blast: BlastReceiver | None = None
         self._target: Target | None = None
         self._num_placed = 0
@@ -70,7 +69,7 @@ class _Sink(Rank[SinkMember]):
         """Become a sink of a job."""
         assert self._held is not None
         self._fabric, self._num_placed = self._open_fabric(), 0
-        self._receiver = Receiver(
+        receiver = Receiver(
             self._fabric, live=self._held.addresses, live_owner=self._held.memory, mode="staged"
         )
         self._member = SinkMember(
@@ -79,7 +78,7 @@ class _Sink(Rank[SinkMember]):
             replica=replica,
             rank=rank,
             world_size=world_size,
-            receiver=self._receiver,
+            receiver=receiver,
             fabric_name=self._options["fabric"],
             hooks=None,
             connect_timeout_s=_TIMEOUT_S,
@@ -91,14 +90,8 @@ class _Sink(Rank[SinkMember]):
     def refit(self, version: int, timeout_s: float) -> Message:
         """Wait for a version and adopt it; what it took."""
         assert self._member is not None
-        assert self._receiver is not None
-        found = self._member.refit(version, timeout_s)
-        return {
-            "version": found,
-            "spans": self._member.spans,
-            "verify_s": self._receiver.verify_s,
-            "placed": self._placed(),
-        }
+        self._member.refit(version, timeout_s)
+        return {"spans": self._member.spans, "placed": self._placed()}
 
     def _placed(self) -> int:
         """Return the bytes of weights that the fabric placed since the last time."""

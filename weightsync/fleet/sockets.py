@@ -94,7 +94,8 @@ class BlastSender:
             stream.close()
 
     def _send(self, stream: socket.socket) -> None:
-        while (nbytes := _GRANT.unpack(_exactly(stream, _GRANT.size))[0]) > 0:
+        who = f"receiver {stream.getpeername()[0]}"
+        while (nbytes := _GRANT.unpack(_exactly(stream, _GRANT.size, who))[0]) > 0:
             stream.sendall(self._payload[:nbytes])
 
 
@@ -125,9 +126,9 @@ class BlastReceiver:
         for listener, found in zip(self._listeners, streams, strict=True):
             listener.settimeout(_TIMEOUT_S)
             while len(found) < len(senders):
-                stream, _ = listener.accept()
+                stream, (host, _) = listener.accept()
                 stream.settimeout(_TIMEOUT_S)
-                sender, _ = _NAME.unpack(_exactly(stream, _NAME.size))
+                sender, _ = _NAME.unpack(_exactly(stream, _NAME.size, f"a sender at {host}"))
                 found[sender] = stream
             listener.close()
         time.sleep(max(0.0, at - time.monotonic()))
@@ -142,11 +143,11 @@ class BlastReceiver:
     def _receive(self, streams: Mapping[int, socket.socket], rail: int) -> None:
         rails = len(self._listeners)
         granted = [
-            (streams[sender], nbytes // rails + (rail < nbytes % rails))
+            (streams[sender], nbytes // rails + (rail < nbytes % rails), sender)
             for sender, nbytes in self._order
         ]
         room = memoryview(bytearray(_PIECE_BYTES))
-        for place, (stream, nbytes) in enumerate(granted):
+        for place, (stream, nbytes, sender) in enumerate(granted):
             if place == 0:
                 stream.sendall(_GRANT.pack(nbytes))
             following = granted[place + 1] if place + 1 < len(granted) else None
@@ -159,14 +160,14 @@ class BlastReceiver:
                 stop = left - _AHEAD_BYTES if left > _AHEAD_BYTES else left
                 got = stream.recv_into(room, min(stop, _PIECE_BYTES), socket.MSG_WAITALL)
                 if got == 0:
-                    raise ConnectionError("a sender hung up")
+                    raise PeerLostError(f"sender {sender} hung up on rail {rail}")
                 left -= got
 
 
-def _exactly(stream: socket.socket, nbytes: int) -> bytes:
+def _exactly(stream: socket.socket, nbytes: int, who: str) -> bytes:
     data = stream.recv(nbytes, socket.MSG_WAITALL)
     if len(data) != nbytes:
-        raise PeerLostError("raw sockets: the other end hung up")
+        raise PeerLostError(f"{who} hung up")
     return data
 
 

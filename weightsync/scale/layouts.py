@@ -204,20 +204,20 @@ def sized(
     base = _STEP
     plan = layout.make(counts, base, options).plan()
     first = limit_s(plan, cluster)
-    each = (limit_s(layout.make(counts, 2 * base, options).plan(), cluster) - first) / base
     if first > 1.1 * seconds:
         raise ConfigError(
             f"layout {layout.name}: the smallest model takes {first:.1f} s, more than {seconds:g}; "
             "choose more seconds or a faster link"
         )
+    each = (limit_s(layout.make(counts, 2 * base, options).plan(), cluster) - first) / base
     width = base + max(0, -(-int((seconds - first) / each) // _STEP) * _STEP)
     for _ in range(64):
         spec = layout.make(counts, width, options)
         plan = spec.plan()
         if limit_s(plan, cluster) >= seconds:
-            break
+            return spec, plan
         width += _STEP
-    return spec, plan
+    raise ConfigError(f"layout {layout.name}: no model takes {seconds:g} s; choose fewer seconds")
 
 
 def plan_options(ranks_per_node: int = 1) -> PlanOptions:
@@ -226,9 +226,9 @@ def plan_options(ranks_per_node: int = 1) -> PlanOptions:
     Args:
         ranks_per_node: More than 1: what the sinks of a node share crosses the network once.
 
-    A rank of the cluster that is modelled receives 33 GB in buckets of 64 MiB, one of 500, in
-    writes of 4 MiB. Here it is one of 100, in writes of 64 KiB: fewer buckets, since 24 ranks share
-    two cores, but no fewer writes for a queue of a slow link to hold.
+    A rank of the cluster that is modelled receives 33 GB in buckets of 32 MiB, one of 1000,
+    in writes of 4 MiB. Here it is one of 100, in writes of 64 KiB: fewer buckets, since 24 ranks
+    share two cores, but no fewer writes for a queue of a slow link to hold.
     """
     return PlanOptions(
         bucket_bytes=MIB,
