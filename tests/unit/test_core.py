@@ -126,6 +126,18 @@ def test_a_silent_member_is_fenced_after_its_lease() -> None:
     assert fleet.decisions == [(1, True)]
 
 
+def test_a_coordinator_that_stood_still_takes_nobody_for_silent() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 2, "b": 2}, lease_s=1.0)
+    fleet.freeze("sink b/0")
+    fleet.now += 3.0  # the host stands still: what members sent meanwhile is not read yet
+    fleet.advance(0.2)
+    fleet.publish_all()
+    assert fleet.problem("source 0") == fleet.problem("sink b/0") == ""
+    fleet.advance(1.5)
+    assert fleet.problem("sink b/0") == "FencedError"
+    assert fleet.decisions == [(1, True)]
+
+
 def test_versions_only_grow() -> None:
     fleet = Fleet(sources=1, replicas={"a": 1})
     fleet.publish_all(version=7)

@@ -58,7 +58,7 @@ class CoordinatorCore:
         self._applying: dict[str, int] = {}  # replica -> version, Apply sent, not activated
         self._adopting: set[str] = set()  # replicas that hold the committed version, not active
         self._out: list[Action] = []
-        self._now = 0.0
+        self._now = self._ticked = 0.0
 
     # ---- what happened ----
 
@@ -104,9 +104,13 @@ class CoordinatorCore:
         return self._finish()
 
     def tick(self, now: float) -> list[Action]:
-        """Let time pass: leases and deadlines."""
+        """Let time pass: leases and deadlines. Call it at least four times in a lease."""
         self._now = now
+        half_s, stood_still_s, self._ticked = self.options.lease_s / 2, now - self._ticked, now
         for member in list(self._members.values()):
+            if stood_still_s > half_s:
+                # It was the coordinator that did not run: what came meanwhile is not read yet.
+                member.last_seen = max(member.last_seen, now - half_s)
             silent_s = now - member.last_seen
             if silent_s > self.options.lease_s:
                 text = f"silent for {silent_s:.1f} s, longer than the lease"
