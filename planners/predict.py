@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 Mode = Literal["staged", "in_place"]
 
 STAGES: Final = ("read", "cast", "write", "wire", "verify")
-_MAX_STEPS: Final = 8000  # plans with more buckets than that take several events in one step
+_MAX_STEPS: Final = 4000  # plans with more buckets than that take several events in one step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def predict(
     Raises:
         PlanBudgetError: A bucket needs more staging than the budget.
 
-    Cost: 30 to 50 us a bucket on one core. Plans of more than 8000 buckets are worked out in about
+    Cost: 30 to 50 us a bucket on one core. Plans of more than 4000 buckets are worked out in about
     as many steps (see `Wire`), which changes the result by about 1 percent: so much as rounding
     does in an exact run, since equal buckets meet in many ties.
     """

@@ -73,14 +73,15 @@ class Sender:
         self.cast_start_s: list[float] = []
         self.write_start_s: list[float] = []
         self.post_s: list[float] = []
-        self._begin_s = begin_s
         self._lag = depth + 1
+        self._ready_s = [begin_s] * len(work.read_s)  # when each may be taken
         self._read_s = work.read_s.tolist()
         self._cast_s = work.cast_s.tolist()
         self._write_s = work.write_s.tolist()
         self._staged_after: list[int] = work.released_by().tolist()
         self._left_read: list[float] = []
         self._left_cast: list[float] = []
+        self._left_write: list[float] = []  # of all posted but the last
         self._complete_s: list[float] = []
         self._arrived: dict[int, float] = {}
 
@@ -92,9 +93,16 @@ class Sender:
         j, done = self.num_posted, self.num_complete
         if j == len(self._read_s) or j - self.window >= done or self._staged_after[j] >= done:
             return None
-        before, lag = j - 1, j - self._lag
-        start = self._left_read[before] if j else self._begin_s
-        start = max(start, self.ready_s(j))
+        lag = j - self._lag
+        start = self._ready_s[j]
+        cast_free = write_free = 0.0
+        if j:
+            start = max(start, self._left_read[-1])
+            cast_free = self._left_cast[-1]
+            write_free = self.post_s[-1]
+            if lag > 0:
+                write_free = max(write_free, self._complete_s[lag - 1])
+            self._left_write.append(write_free)
         if self._staged_after[j] >= 0:
             start = max(start, self._complete_s[self._staged_after[j]])
         self.read_start_s.append(start)
@@ -102,21 +110,18 @@ class Sender:
         if lag >= 0:
             left = max(left, self._left_cast[lag])
         self._left_read.append(left)
-        start = max(left, self._left_cast[before]) if j else left
+        start = max(left, cast_free)
         self.cast_start_s.append(start)
         left = start + self._cast_s[j]
         if lag >= 0:
-            left = max(left, self._left_write(lag))
+            left = max(left, self._left_write[lag])
         self._left_cast.append(left)
-        start = max(left, self._left_write(before)) if j else left
+        start = max(left, write_free)
         self.write_start_s.append(start)
-        self.post_s.append(start + self._write_s[j])
-        self.num_posted += 1
-        return self.post_s[j]
-
-    def ready_s(self, position: int) -> float:
-        """Return when a bucket may be taken, by its position in the order of sending."""
-        return self._begin_s
+        posted = start + self._write_s[j]
+        self.post_s.append(posted)
+        self.num_posted = j + 1
+        return posted
 
     def bucket_at(self, position: int) -> int:
         """Return which of its buckets, in program order, is sent at a position."""
@@ -136,10 +141,6 @@ class Sender:
         """When each bucket was complete."""
         return self._complete_s
 
-    def _left_write(self, j: int) -> float:
-        lag = j - self._lag
-        return max(self.post_s[j], self._complete_s[lag]) if lag >= 0 else self.post_s[j]
-
 
 class ForwardingSender(Sender):
     """A sink's way through what it passes on, in the order in which that becomes ready.
@@ -154,7 +155,6 @@ class ForwardingSender(Sender):
         super().__init__(StageWork(none, none, none, np.zeros(0, np.int64), 0), begin_s)
         self._work = work
         self._order: list[int] = []
-        self._ready_s: list[float] = []
 
     def __len__(self) -> int:
         return len(self._work.read_s)
@@ -167,10 +167,6 @@ class ForwardingSender(Sender):
         self._cast_s.append(float(self._work.cast_s[bucket]))
         self._write_s.append(float(self._work.write_s[bucket]))
         self._staged_after.append(-1)
-
-    def ready_s(self, position: int) -> float:
-        """See `Sender`."""
-        return self._ready_s[position]
 
     def bucket_at(self, position: int) -> int:
         """See `Sender`."""

@@ -111,9 +111,10 @@ class Wire:
         self._late_s[places] = 0
         done = np.flatnonzero(ends <= until)
         done = done[np.argsort(ends[done], kind="stable")]
-        self._is_busy[places[done]] = False
-        for place, end in zip(places[done].tolist(), ends[done].tolist(), strict=True):
-            self._leave(int(self._bucket[place]), end, until)
+        free = places[done]
+        self._is_busy[free] = False
+        for bucket, end in zip(self._bucket[free].tolist(), ends[done].tolist(), strict=True):
+            self._leave(bucket, end, until)
         self._enter(until)
         return until
 
