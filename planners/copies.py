@@ -17,7 +17,7 @@ __all__ = ["CopyTable", "Cuts", "runs", "split", "take_dims"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CopyTable(Table):
-    """Strided copies; columns as in `weightsync.ir.plan.RowTable`."""
+    """Strided copies; columns as in `RowTable` and `NestTable` of `weightsync.ir.plan`."""
 
     tensor: NDArray[np.int32]
     src_buffer: NDArray[np.int32]

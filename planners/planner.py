@@ -9,10 +9,11 @@ temporaries stay small whatever the size of the plan, and one rank can be planne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weightsync.errors import PlanBudgetError, PlanError
 from weightsync.ir.encoded import made_rows
@@ -21,13 +22,14 @@ from weightsync.ir.pieces import CONSTANT
 from weightsync.ir.plan import (
     BucketTable,
     ChunkTable,
+    NestTable,
     Plan,
     PlanOptions,
     RowKind,
     RowTable,
     Shares,
 )
-from weightsync.ir.tables import IntArray, expand, starts_of
+from weightsync.ir.tables import IntArray, expand, starts_of, unique_rows
 from weightsync.planners import choose
 from weightsync.planners.copies import CopyTable
 from weightsync.planners.fans import Fans
@@ -82,11 +84,12 @@ def plan_transfer(
     cut = cut_buckets(
         lowered, inputs.sink, inputs.count, options, prepared.fan, fans, prepared.is_relayed
     )
-    rows, chunks = _tables(prepared, cut, outline, _constant_rows(sink))
+    rows, nests, chunks = _tables(prepared, cut, outline, _constants(sink))
     plan = Plan(
         source=source,
         sink=sink,
         rows=rows,
+        nests=nests,
         chunks=chunks,
         buckets=cut.table,
         shares=outline.shares,
@@ -109,10 +112,12 @@ class RankProgram:
     """What one source sends: the part of a plan that is its own, numbered from 0.
 
     Attributes:
-        rows, chunks, buckets: As in `Plan`; chunks and buckets count from the rank's first one.
+        rows, nests, chunks, buckets: As in `Plan`; nests are those of the rank, chunks and buckets
+            count from its first one.
     """
 
     rows: RowTable
+    nests: NestTable
     chunks: ChunkTable
     buckets: BucketTable
 
@@ -148,8 +153,8 @@ def plan_rank(outline: Outline, rank: int) -> RankProgram:
         prepared.fans,
         pair_bytes=outline.pair_bytes,
     )
-    rows, chunks = _tables(prepared, cut, outline, RowTable.empty())
-    return RankProgram(rows, chunks, cut.table)
+    none = RowTable.empty(), NestTable.empty()
+    return RankProgram(*_tables(prepared, cut, outline, none), cut.table)
 
 
 def solve_shares(source: Manifest, sink: Manifest, options: PlanOptions | None = None) -> Shares:
@@ -226,21 +231,23 @@ def _tables(
     prepared: Prepared,
     cut: Cut,
     outline: Outline,
-    constants: RowTable,
-) -> tuple[RowTable, ChunkTable]:
+    constants: tuple[RowTable, NestTable],
+) -> tuple[RowTable, NestTable, ChunkTable]:
     """Bring rows and chunks into the order of the buckets and number them; constants come last."""
+    last, last_nests = constants
     lowered, fan, fans = prepared.lowered, prepared.fan, prepared.fans
     inputs, sink, order = outline.inputs, outline.inputs.sink, cut.order
     counts = np.diff(lowered.row_start)[order]
-    _check_rows(int(counts.sum()) + len(constants), outline.options)
+    _check_rows(int(counts.sum()) + len(last), outline.options)
     owner, local = expand(counts)
     index = lowered.row_start[order][owner] + local
-    columns = {}
-    for name in CopyTable.COLUMNS:  # straight into its place: these are the largest arrays of all
-        before, last = getattr(lowered.rows, name), getattr(constants, name)
-        columns[name] = np.empty((len(index) + len(last), *before.shape[1:]), before.dtype)
-        np.take(before, index, axis=0, out=columns[name][: len(index)], mode="clip")
-        columns[name][len(index) :] = last
+    nests, nest = _nests(lowered.rows)
+    parts, columns = [nests], {}
+    names = ("tensor", "src_buffer", "dst_buffer", "src_offset", "dst_offset")
+    for name, before in (("nest", nest), *((name, getattr(lowered.rows, name)) for name in names)):
+        columns[name] = np.empty(len(index) + len(last), before.dtype)
+        np.take(before, index, out=columns[name][: len(index)], mode="clip")
+        columns[name][len(index) :] = getattr(last, name)
     sent = slice(len(index))
     made = made_rows(inputs.encoded, sink, columns["tensor"][sent], columns["dst_buffer"][sent])
     kind = np.where(made, np.uint8(RowKind.ENCODE), np.uint8(RowKind.COPY))
@@ -257,7 +264,8 @@ def _tables(
         offset[hops] += shift
         rows, of = slice(first_row, len(index)), owner[first_row:] - direct
         columns["src_offset"][rows] = columns["dst_offset"][rows]
-        columns["src_stride"][rows] = columns["dst_stride"][rows]
+        parts.append(dataclasses.replace(nests, src_stride=nests.dst_stride))
+        columns["nest"][rows] += len(nests)
         from_buffer = entry + cut.sender[bucket[hops]] * len(sink.buffers)
         columns["src_buffer"][rows] = from_buffer[of]
         columns["dst_buffer"][rows] = buffer[hops][of]
@@ -276,9 +284,30 @@ def _tables(
     if inputs.count > 1:
         moved = (cut.replica[bucket] * len(sink.buffers)).astype(np.int32)
         columns["dst_buffer"][sent] += moved[owner]
-    columns["kind"] = np.concatenate([kind, constants.kind])
-    columns["chunk"] = np.concatenate([owner.astype(np.int32), constants.chunk])
-    return RowTable(**columns), chunks
+    columns["nest"][len(index) :] += sum(map(len, parts))
+    joined, columns["nest"] = _joined([*parts, last_nests], columns["nest"])
+    columns["kind"] = np.concatenate([kind, last.kind])
+    columns["chunk"] = np.concatenate([owner.astype(np.int32), last.chunk])
+    return RowTable(**columns), joined, chunks
+
+
+def _nests(copies: CopyTable) -> tuple[NestTable, NDArray[np.int32]]:
+    """Return the distinct nests of some copies, and which of them each has."""
+    first, nest = unique_rows([copies.n, copies.src_stride, copies.dst_stride])
+    columns = {name: getattr(copies, name)[first] for name in NestTable.COLUMNS}
+    return NestTable(**columns), nest.astype(np.int32)
+
+
+def _joined(
+    parts: Sequence[NestTable], nest: NDArray[np.int32]
+) -> tuple[NestTable, NDArray[np.int32]]:
+    """Join tables of nests, each nest once and none that no row has; number the rows' anew."""
+    every = NestTable.concat(parts)
+    first, number = unique_rows([every.n, every.src_stride, every.dst_stride])
+    is_used = np.zeros(len(first), np.bool_)
+    is_used[number[nest]] = True
+    place = np.cumsum(is_used, dtype=np.int32) - 1
+    return every.take(first[is_used]), place.astype(np.int32)[number][nest]
 
 
 def _targets(fan: IntArray, target: IntArray, fans: Fans) -> tuple[IntArray, IntArray]:
@@ -291,12 +320,12 @@ def _targets(fan: IntArray, target: IntArray, fans: Fans) -> tuple[IntArray, Int
     return buffer, shift
 
 
-def _constant_rows(sink: Manifest) -> RowTable:
-    """Return a row for every constant piece of the sink."""
+def _constants(sink: Manifest) -> tuple[RowTable, NestTable]:
+    """Return a row for every constant piece of the sink, and a nest for every row."""
     piece = np.flatnonzero(sink.pieces.tensor == CONSTANT)
     none = np.full(len(piece), -1, np.int32)
     n = sink.pieces.n[piece]
-    return RowTable(
+    rows = RowTable(
         kind=np.full(len(piece), RowKind.CONST, np.uint8),
         chunk=none,
         tensor=none,
@@ -304,7 +333,7 @@ def _constant_rows(sink: Manifest) -> RowTable:
         dst_buffer=sink.pieces.buffer[piece],
         src_offset=piece,
         dst_offset=sink.pieces.offset[piece],
-        n=n,
-        src_stride=np.zeros_like(n),
-        dst_stride=sink.pieces.stride[piece],
+        nest=np.arange(len(piece), dtype=np.int32),
     )
+    stride = sink.pieces.stride[piece]
+    return rows, NestTable(n=n, src_stride=np.zeros_like(n), dst_stride=stride)

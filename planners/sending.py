@@ -118,7 +118,7 @@ class Sender:
         self._left_cast.append(left)
         start = max(left, write_free)
         self.write_start_s.append(start)
-        posted = start + self._write_s[j]
+        posted: float = start + self._write_s[j]
         self.post_s.append(posted)
         self.num_posted = j + 1
         return posted

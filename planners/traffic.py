@@ -110,7 +110,7 @@ def bucket_work(plan: Plan) -> BucketWork:
     itemsize = plan.sink.buffers.itemsize[rows.dst_buffer]
     local = np.flatnonzero((rows.src_buffer >= 0) & ~is_hop)  # hops read what a sink has stored
     itemsize[local] = plan.source.buffers.itemsize[rows.src_buffer[local]]
-    moved = np.where(rows.chunk >= 0, volume_of(rows.n) * itemsize, 0)
+    moved = np.where(rows.chunk >= 0, volume_of(plan.nests.n)[rows.nest] * itemsize, 0)
     read = _sum_ranges(moved, chunks.row_lo, chunks.row_hi)
     hops = _sum_ranges(is_hop.astype(np.int64), chunks.row_lo, chunks.row_hi)
     pack = np.where(chunks.is_packed, read + chunks.nbytes, 0)

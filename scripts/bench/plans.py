@@ -12,6 +12,7 @@ rates of data sheets and at those that good software attains.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -73,11 +74,13 @@ def alone(plan: Plan) -> dict[str, float]:
     ended = time.process_time()
     own = plan.program(rank)
     first, last = int(plan.buckets.chunk_lo[own[0]]), int(plan.buckets.chunk_hi[own[-1]])
-    rows = plan.rows.take(slice(int(plan.chunks.row_lo[first]), int(plan.chunks.row_hi[last - 1])))
-    for name in type(rows).COLUMNS:
-        mine, whole = getattr(program.rows, name), getattr(rows, name)
-        if not np.array_equal(mine + first if name == "chunk" else mine, whole):
-            raise SystemExit(f"plans: {name} of rank {rank} alone differs from the plan's")
+    of_rank = slice(int(plan.chunks.row_lo[first]), int(plan.chunks.row_hi[last - 1]))
+    moved = dataclasses.replace(program.rows, chunk=program.rows.chunk + first)
+    nests = program.nests.take(program.rows.nest)
+    for mine, whole in ((moved, plan.rows.take(of_rank)), (nests, plan.nest_of(of_rank))):
+        for name in set(type(whole).COLUMNS) - {"nest"}:  # numbered otherwise
+            if not np.array_equal(getattr(mine, name), getattr(whole, name)):
+                raise SystemExit(f"plans: {name} of rank {rank} alone differs from the plan's")
     return {"outline_s": outlined - began, "rank_s": ended - outlined}
 
 

@@ -59,13 +59,14 @@ def follow(plan: Plan, fleet: Any) -> tuple[dict[Any, set[int]], dict[Any, int]]
         assert is_hop or rows.kind[row] == RowKind.ENCODE
         src, dst = int(rows.src_buffer[row]), int(rows.dst_buffer[row])
         name = sink.tensors.names[int(rows.tensor[row])]
-        n = rows.n[row].tolist()
+        nest = plan.nests.take(rows.nest[row : row + 1])
+        n = nest.n[0].tolist()
         origin = ("dst", sink, src, name) if is_hop else ("src", source, src, "w")
         for key, side, buffer, of in (origin, ("dst", sink, dst, name)):
             if (key, buffer, of) not in known:
                 known[key, buffer, of] = meaning(side, buffer, of)
-        read = addresses(int(rows.src_offset[row]), n, rows.src_stride[row].tolist())
-        write = addresses(int(rows.dst_offset[row]), n, rows.dst_stride[row].tolist())
+        read = addresses(int(rows.src_offset[row]), n, nest.src_stride[0].tolist())
+        write = addresses(int(rows.dst_offset[row]), n, nest.dst_stride[0].tolist())
         index = np.array([known["dst", dst, name][a] for a in write.tolist()])
         if is_hop:  # codes and scales as they are
             assert [known["dst", src, name][a] for a in read.tolist()] == list(map(tuple, index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import defaultdict
 
@@ -189,7 +190,8 @@ def test_the_work_of_buckets_is_that_of_their_rows(seed: int) -> None:
         for chunk in span:
             mine = range(int(chunks.row_lo[chunk]), int(chunks.row_hi[chunk]))
             size = sum(
-                int(np.prod(rows.n[r])) * int(plan.source.buffers.itemsize[rows.src_buffer[r]])
+                math.prod(plan.nests.n[rows.nest[r]].tolist())
+                * int(plan.source.buffers.itemsize[rows.src_buffer[r]])
                 for r in mine
             )
             read += size

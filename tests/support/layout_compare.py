@@ -127,14 +127,15 @@ def _executed(plan: Plan, sources: Sources, buffer: int, rows: list[int]) -> Ten
     dtype = TORCH_DTYPES[Dtype(sink.buffers.dtype[buffer])]
     made = torch.empty(int(sink.buffers.numel[buffer]), dtype=dtype)
     for row in rows:
-        n = table.n[row].tolist()
-        to = made.as_strided(n, table.dst_stride[row].tolist(), int(table.dst_offset[row]))
+        nest = int(table.nest[row])
+        n = plan.nests.n[nest].tolist()
+        to = made.as_strided(n, plan.nests.dst_stride[nest].tolist(), int(table.dst_offset[row]))
         if table.kind[row] == RowKind.CONST:
             to.fill_(float(sink.pieces.fill[int(table.src_offset[row])]))
             continue
         memory = sources.buffer(int(table.src_buffer[row]))
         offset = int(table.src_offset[row])
-        to.copy_(memory.as_strided(n, table.src_stride[row].tolist(), offset))
+        to.copy_(memory.as_strided(n, plan.nests.src_stride[nest].tolist(), offset))
     return made
 
 

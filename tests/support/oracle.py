@@ -187,18 +187,18 @@ def _pass_on(plan: Plan, rows: range, arenas: list[Bytes], counts: list[NDArray[
     """Copy from sink to sink, element by element, only what the sender has received."""
     table, buffers = plan.rows, plan.sink.buffers
     for row in rows:
-        src, dst = int(table.src_buffer[row]), int(table.dst_buffer[row])
+        src, dst, nest = (int(c[row]) for c in (table.src_buffer, table.dst_buffer, table.nest))
         assert buffers.dtype[src] == buffers.dtype[dst]
         ends = []
         for buffer, offset, stride in (
-            (src, table.src_offset[row], table.src_stride[row]),
-            (dst, table.dst_offset[row], table.dst_stride[row]),
+            (src, table.src_offset[row], plan.nests.src_stride[nest]),
+            (dst, table.dst_offset[row], plan.nests.dst_stride[nest]),
         ):
             rank = int(buffers.rank[buffer])
             arena = Arena(plan.sink, rank)
             base = int(arena.offset_bytes[arena.buffers.tolist().index(buffer)])
             item = Dtype(buffers.dtype[buffer]).itemsize
-            at = base + item * _addresses(int(offset), table.n[row].tolist(), stride.tolist())
+            at = base + item * _addresses(int(offset), plan.nests.n[nest].tolist(), stride.tolist())
             ends.append((rank, at[..., None] + np.arange(item)))
         (sender, read), (sink, written) = ends
         assert sender != sink
@@ -214,15 +214,16 @@ def _sink_bytes(plan: Plan, row: int) -> NDArray[np.int64]:
     arena = Arena(plan.sink, rank)
     base = int(arena.offset_bytes[arena.buffers.tolist().index(buffer)])
     itemsize = Dtype(plan.sink.buffers.dtype[buffer]).itemsize
-    n, stride = rows.n[row].tolist(), rows.dst_stride[row].tolist()
+    nest = int(rows.nest[row])
+    n, stride = plan.nests.n[nest].tolist(), plan.nests.dst_stride[nest].tolist()
     return base + itemsize * _addresses(int(rows.dst_offset[row]), n, stride)
 
 
 def _gather(plan: Plan, row: int, memory: list[Codes], staging: Bytes, start: int) -> None:
     """Copy one row into staging that is laid out like the arena from `start`."""
     rows = plan.rows
-    src, dst = int(rows.src_buffer[row]), int(rows.dst_buffer[row])
-    n, stride = rows.n[row].tolist(), rows.src_stride[row].tolist()
+    src, dst, nest = (int(c[row]) for c in (rows.src_buffer, rows.dst_buffer, rows.nest))
+    n, stride = plan.nests.n[nest].tolist(), plan.nests.src_stride[nest].tolist()
     codes = memory[src][_addresses(int(rows.src_offset[row]), n, stride)]
     dtypes = Dtype(plan.source.buffers.dtype[src]), Dtype(plan.sink.buffers.dtype[dst])
     codes = np.ascontiguousarray(cast_codes(codes, *dtypes))

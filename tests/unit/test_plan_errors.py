@@ -163,13 +163,14 @@ def test_rows_are_of_the_kinds_that_their_tensors_need() -> None:
 @pytest.mark.parametrize(
     ("table", "columns", "words"),
     [
-        ("rows", {"n": _set((0, 2), 0)}, "has no elements"),
+        ("nests", {"n": _set((0, 2), 0)}, "has no elements"),
         ("rows", {"dst_buffer": _set(0, 9)}, "has no sink buffer"),
         ("rows", {"src_buffer": _set(0, -1)}, "has no source buffer"),
         ("rows", {"tensor": _set(0, 5)}, "has no tensor"),
         ("rows", {"src_offset": _set(0, 1 << 40)}, "leaves the buffer that it reads"),
         ("rows", {"dst_offset": _set(0, 1 << 40)}, "leaves its sink buffer"),
-        ("rows", {"src_stride": _set((0, 0), 3)}, "strides that are not canonical"),
+        ("nests", {"src_stride": _set((0, 0), 3)}, "strides that are not canonical"),
+        ("rows", {"nest": _set(0, 99)}, "has no counts and strides"),
         ("rows", {"chunk": _set(0, 1)}, "another chunk"),
         ("rows", {"src_offset": _set(0, 4)}, "reads other elements"),
         ("chunks", {"nbytes": _set(0, 8)}, "leaves its chunk"),

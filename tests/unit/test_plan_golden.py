@@ -64,6 +64,7 @@ def _described(plan: Plan) -> dict[str, Any]:
         "source": plan.source.digest,
         "sink": plan.sink.digest,
         "rows": rows(plan.rows),
+        "nests": rows(plan.nests),
         "chunks": rows(plan.chunks),
         "buckets": rows(plan.buckets),
         "shares": rows(plan.shares),

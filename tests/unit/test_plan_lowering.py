@@ -59,7 +59,11 @@ def test_equal_layouts_are_written_straight_in_even_chunks() -> None:
     assert _chunks(plan) == [(0, 512, False, 1), (512, 512, False, 1), (1024, 256, False, 1)]
     nine = {"w": (9, 64)}
     plan = _planned(_whole("source", 0, nine).build(), _whole("sink", 0, nine).build(), options)
-    assert plan.rows.n[:, 2].tolist() == [3, 3, 3]  # rather than 4, 4 and a short rest
+    assert plan.nest_of(slice(None)).n[:, 2].tolist() == [
+        3,
+        3,
+        3,
+    ]  # rather than 4, 4 and a short rest
 
 
 def test_one_row_above_the_chunk_limit_is_cut_inside() -> None:
@@ -142,7 +146,7 @@ def test_a_transposed_source_and_a_cast_are_packed() -> None:
     sink = _whole("sink", 0, {"t": (6, 4)}).build()
     plan = _planned(source.build(), sink)
     assert _chunks(plan) == [(0, 48, True, 1)]
-    assert plan.rows.src_stride[0].tolist() == [0, 0, 1, 6]
+    assert plan.nest_of(slice(1)).src_stride[0].tolist() == [0, 0, 1, 6]
     plan = _planned(source.build(), sink, PlanOptions(slot_bytes=16))
     assert [nbytes for _, nbytes, _, _ in _chunks(plan)] == [16, 16, 16]
     assert plan.buckets.staging_bytes.tolist() == [16, 16, 16]

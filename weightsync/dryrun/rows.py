@@ -159,9 +159,9 @@ class _Rows:
     def _sent(self, block: IntArray, source: Manifest) -> dict[str, Any]:
         plan = self._plan
         rows, sink = plan.rows, plan.sink
-        tensor, n = rows.tensor[block], rows.n[block]
+        tensor, nest = rows.tensor[block], plan.nest_of(block)
         src, dst = rows.src_buffer[block], rows.dst_buffer[block]
-        src_stride, dst_stride = rows.src_stride[block], rows.dst_stride[block]
+        n, src_stride, dst_stride = nest.n, nest.src_stride, nest.dst_stride
         chunk = rows.chunk[block]
         bucket = plan.chunks.bucket[chunk]
         rank = plan.buckets.src_rank[bucket]
@@ -190,7 +190,8 @@ class _Rows:
 
     def _constants(self, block: slice) -> dict[str, Any]:
         rows, sink = self._plan.rows, self._plan.sink
-        dst, n = rows.dst_buffer[block], rows.n[block]
+        dst, nest = rows.dst_buffer[block], self._plan.nest_of(block)
+        n = nest.n
         size = sink.buffers.itemsize[dst]
         none, outer = np.full(len(dst), -1), n > 1
         empty = n, np.zeros_like(outer)
@@ -202,7 +203,7 @@ class _Rows:
             "inner_bytes": size,
             "counts": (n, outer),
             "source_strides": (np.zeros_like(n), outer),
-            "sink_strides": (rows.dst_stride[block], outer),
+            "sink_strides": (nest.dst_stride, outer),
             "source_offset_bytes": self._fill_at[rows.src_offset[block]],
             "sink_offset_bytes": sink.arena_offset_bytes[dst] + rows.dst_offset[block] * size,
             "nbytes": volume_of(n) * size,

@@ -15,6 +15,7 @@ from weightsync.ir.pieces import CONSTANT, PieceTable
 from weightsync.ir.plan import (
     BucketTable,
     ChunkTable,
+    NestTable,
     Plan,
     PlanOptions,
     RowKind,
@@ -36,6 +37,7 @@ __all__ = [
     "Dtype",
     "Manifest",
     "ManifestBuilder",
+    "NestTable",
     "PieceTable",
     "Plan",
     "PlanOptions",

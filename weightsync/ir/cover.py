@@ -15,7 +15,7 @@ at both points below 2**-50 for buffers up to 2**36 elements. Volume and bounds 
 from __future__ import annotations
 
 import functools
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,16 +112,22 @@ def _sum_by(group: IntArray, values: _U64, num_groups: int) -> _U64:
 
 
 def covers_once(
-    buffer: IntArray, offset: IntArray, n: IntArray, stride: IntArray, numel: IntArray
+    buffer: IntArray,
+    offset: IntArray,
+    n: IntArray,
+    stride: IntArray,
+    numel: IntArray,
+    nest: NDArray[Any] | None = None,
 ) -> BoolArray:
     """Tell for each buffer whether the rows cover each of its elements exactly once.
 
     Args:
         buffer: Buffer of each row, `(R,)`.
         offset: First element of each row, `(R,)`, >= 0.
-        n: Counts per dim, >= 1, `(R, 4)`.
-        stride: Strides in elements, >= 0, `(R, 4)`.
+        n: Counts per dim, >= 1, `(N, 4)`.
+        stride: Strides in elements, >= 0, `(N, 4)`.
         numel: Elements of each buffer, `(B,)`, below 2**47.
+        nest: Which of `n` and `stride` each row has, `(R,)`; None: they are listed row by row.
 
     Returns:
         `(B,)` booleans. False for certain if a row leaves its buffer, steps on the spot, or the
@@ -130,23 +136,25 @@ def covers_once(
     Cost: about 0.2 us a row.
     """
     num_buffers = len(numel)
-    volume = sum_by(buffer, volume_of(n), num_buffers)
-    bad = (offset < 0) | (offset + hull_elements(n, stride) > numel[buffer])
-    bad |= any_dim((n > 1) & (stride < 1))  # holds an element twice
+    if nest is None:
+        # The product over dims depends on (n, stride) alone, and few of those are distinct.
+        first, nest = unique_rows([n, stride])
+        n, stride = n[first], stride[first]
+    volume = sum_by(buffer, volume_of(n)[nest], num_buffers)
+    bad = (offset < 0) | (offset + hull_elements(n, stride)[nest] > numel[buffer])
+    bad |= any_dim((n > 1) & (stride < 1))[nest]  # holds an element twice
     good: BoolArray = volume == numel
     good[buffer[bad]] = False
     if not good.any() or not len(buffer):
         return good
-    # The product over dims depends on (n, stride) alone, and few of those are distinct.
-    first, pattern = unique_rows([n, stride])
     largest = int(numel.max(initial=1)) * 2
     for point in _POINTS:
         powers = _Powers(point, largest)
-        series = _geometric(powers, n[first], np.clip(stride[first], 1, largest))
+        series = _geometric(powers, n, np.clip(stride, 1, largest))
         factor = series[:, 0]
         for dim in range(1, MAX_DIMS):
             factor = _multiply(factor, series[:, dim])
-        terms = _multiply(powers(np.where(bad, 0, offset)), factor[pattern])
+        terms = _multiply(powers(np.where(bad, 0, offset)), factor[nest])
         total = _sum_by(buffer, terms, num_buffers)
         expected = _geometric(powers, np.maximum(numel, 1), np.ones_like(numel))
         good &= (total == expected) | (numel == 0)

@@ -76,7 +76,7 @@ def read_buckets(plan: Plan) -> tuple[IntArray, IntArray]:
     item = sink.buffers.itemsize[buffer]
     begin = sink.arena_offset_bytes[buffer] + rows.src_offset[hops] * item
     begin += sink.buffers.rank[buffer] * np.int64(length)
-    until = begin + hull_elements(rows.n[hops], rows.src_stride[hops]) * item
+    until = begin + hull_elements(plan.nests.n, plan.nests.src_stride)[rows.nest[hops]] * item
     first = np.searchsorted(end, begin, side="right")
     count = np.searchsorted(start, until, side="left") - first
     owner, local = expand(np.maximum(count, 0))
@@ -105,7 +105,7 @@ def _check_copies(plan: Plan) -> None:
     shift -= sink.arena_offset_bytes[dst] + rows.dst_offset[hops] * item
     head = chunks.row_lo[chunk] - hops.start
     same = (shift == shift[head]) & (src == src[head])
-    same &= all_dims(rows.src_stride[hops] == rows.dst_stride[hops])
+    same &= all_dims(plan.nests.src_stride == plan.nests.dst_stride)[rows.nest[hops]]
     same &= sink.buffers.dtype[src] == sink.buffers.dtype[dst]
     same &= sink.buffers.rank[src] != sink.buffers.rank[dst]
     same &= ~chunks.is_packed[chunk]

@@ -29,6 +29,7 @@ __all__ = [
     "ChunkTable",
     "HopRule",
     "MaxTable",
+    "NestTable",
     "Plan",
     "PlanOptions",
     "RowKind",
@@ -184,8 +185,7 @@ class RowTable(Table):
         dst_buffer: Sink buffer.
         src_offset: First source element; for CONST rows the sink's piece, which has the fill.
         dst_offset: First sink element.
-        n: Counts per canonical dim, `(R, 4)`.
-        src_stride, dst_stride: Elements, `(R, 4)`; 0 where n is 1.
+        nest: Row of `Plan.nests`: counts and strides.
     """
 
     kind: NDArray[np.uint8]
@@ -195,9 +195,7 @@ class RowTable(Table):
     dst_buffer: NDArray[np.int32]
     src_offset: IntArray
     dst_offset: IntArray
-    n: IntArray
-    src_stride: IntArray
-    dst_stride: IntArray
+    nest: NDArray[np.int32]
 
     COLUMNS: ClassVar[dict[str, tuple[Any, int]]] = {
         "kind": (np.uint8, 0),
@@ -207,6 +205,26 @@ class RowTable(Table):
         "dst_buffer": (np.int32, 0),
         "src_offset": (np.int64, 0),
         "dst_offset": (np.int64, 0),
+        "nest": (np.int32, 0),
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NestTable(Table):
+    """Loop nests: how many elements a row moves along each dim, and how far apart they lie.
+
+    Millions of rows have some hundred of them, which is why they are a table of their own.
+
+    Attributes:
+        n: Counts per canonical dim, `(N, 4)`.
+        src_stride, dst_stride: Elements, `(N, 4)`; 0 where n is 1.
+    """
+
+    n: IntArray
+    src_stride: IntArray
+    dst_stride: IntArray
+
+    COLUMNS: ClassVar[dict[str, tuple[Any, int]]] = {
         "n": (np.int64, MAX_DIMS),
         "src_stride": (np.int64, MAX_DIMS),
         "dst_stride": (np.int64, MAX_DIMS),
@@ -326,7 +344,7 @@ class Plan:
 
     Attributes:
         source, sink: The merged manifests that the row indices refer to.
-        rows, chunks, buckets: The tables.
+        rows, nests, chunks, buckets: The tables.
         maxima: Cells that sources share.
         edges: `(E, 2)` int32 pairs of buckets (before, after): which complete buckets of a sink
             each of its hops reads.
@@ -337,6 +355,7 @@ class Plan:
     source: Manifest
     sink: Manifest
     rows: RowTable
+    nests: NestTable
     chunks: ChunkTable
     buckets: BucketTable
     shares: Shares
@@ -357,7 +376,7 @@ class Plan:
     def digest(self) -> str:
         """sha256 over options, tables and the digests of both manifests, in hex."""
         digest = hashlib.sha256()
-        for part in serde.chunks("weightsync.plan/2", self._header(), self._tables()):
+        for part in serde.chunks("weightsync.plan/3", self._header(), self._tables()):
             digest.update(part)
         return digest.hexdigest()
 
@@ -405,6 +424,10 @@ class Plan:
     def sender_label(self, sender: int) -> str:
         """Return the label of the rank that `sender` numbers."""
         return [*self.source.ranks, *self.sink.ranks][sender]
+
+    def nest_of(self, rows: IntArray | slice) -> NestTable:
+        """Return counts and strides of each of some rows; made anew by every call."""
+        return self.nests.take(self.rows.nest[rows])
 
     def inbound(self, dst_rank: int) -> IntArray:
         """Return the buckets that a sink rank receives, ascending; the position is its slot."""
@@ -461,7 +484,7 @@ class Plan:
 
         Plans never cross the wire: ranks make their own and compare digests.
         """
-        tables = serde.pack("weightsync.plan/2", self._header(), self._tables())
+        tables = serde.pack("weightsync.plan/3", self._header(), self._tables())
         parts = (tables, self.source.to_bytes(), self.sink.to_bytes())
         return b"".join(len(p).to_bytes(8, "little") + p for p in parts)
 
@@ -480,8 +503,8 @@ class Plan:
             view = view[8 + size :]
         if len(parts) != 3 or len(view):
             raise ConfigError("not a plan: it needs three parts")
-        kinds = (RowTable, ChunkTable, BucketTable, MaxTable, EdgeTable, Shares)
-        header, columns = serde.unpack("weightsync.plan/2", parts[0], kinds)
+        kinds = (RowTable, NestTable, ChunkTable, BucketTable, MaxTable, EdgeTable, Shares)
+        header, columns = serde.unpack("weightsync.plan/3", parts[0], kinds)
         try:
             options = dict(header["options"])
             options["ignore_extra"] = tuple(options["ignore_extra"])
@@ -489,11 +512,12 @@ class Plan:
                 source=Manifest.from_bytes(parts[1]),
                 sink=Manifest.from_bytes(parts[2]),
                 rows=RowTable(**columns[0]),
-                chunks=ChunkTable(**columns[1]),
-                buckets=BucketTable(**columns[2]),
-                maxima=MaxTable(**columns[3]),
-                edges=columns[4]["pair"],
-                shares=Shares(**columns[5], bound_bytes=int(header["bound_bytes"])),
+                nests=NestTable(**columns[1]),
+                chunks=ChunkTable(**columns[2]),
+                buckets=BucketTable(**columns[3]),
+                maxima=MaxTable(**columns[4]),
+                edges=columns[5]["pair"],
+                shares=Shares(**columns[6], bound_bytes=int(header["bound_bytes"])),
                 options=PlanOptions(**options),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -512,7 +536,7 @@ class Plan:
 
     def _tables(self) -> tuple[Table, ...]:
         edges = EdgeTable(self.edges)
-        return (self.rows, self.chunks, self.buckets, self.maxima, edges, self.shares)
+        return (self.rows, self.nests, self.chunks, self.buckets, self.maxima, edges, self.shares)
 
 
 def _budgets(options: PlanOptions) -> dict[str, Any]:

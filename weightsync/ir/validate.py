@@ -21,9 +21,15 @@ from weightsync.ir.locate import BLOCK_ROWS, Locator
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import CONSTANT, hull_elements
 from weightsync.ir.plan import Plan, RowKind
-from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, any_dim, volume_of
+from weightsync.ir.tables import BoolArray, IntArray, all_dims, any_dim, volume_of
 
-__all__ = ["check_constants", "check_nesting", "validate_content", "validate_structure"]
+__all__ = [
+    "check_constants",
+    "check_nesting",
+    "check_nests",
+    "validate_content",
+    "validate_structure",
+]
 
 
 # MAX rows have a table of their own.
@@ -38,6 +44,7 @@ def validate_structure(plan: Plan) -> None:
         PlanBudgetError: A chunk or bucket exceeds the plan's own options.
         PlanError: The tables contradict each other or the manifests.
     """
+    check_nests(plan)
     _check_rows(plan)
     check_nesting(plan)
     _check_ranks(plan)
@@ -64,17 +71,17 @@ def validate_content(plan: Plan) -> None:
     blocks += [(dst, first, copies) for first in range(own, copies, BLOCK_ROWS)]
     for sender, first, end in blocks:
         at = slice(first, min(first + BLOCK_ROWS, end))
-        tensor, n = rows.tensor[at], rows.n[at]
+        tensor, nest = rows.tensor[at], plan.nest_of(at)
         src_piece, src_lo, src_step = sender.locate(
             rows.src_buffer[at],
             tensor if sender is dst else plan.tensor_in_source[tensor],
             rows.src_offset[at],
-            n,
-            rows.src_stride[at],
+            nest.n,
+            nest.src_stride,
         )
         _refuse(plan, src_piece < 0, "reads what no piece of its sender holds", first)
         dst_piece, dst_lo, dst_step = dst.locate(
-            rows.dst_buffer[at], tensor, rows.dst_offset[at], n, rows.dst_stride[at]
+            rows.dst_buffer[at], tensor, rows.dst_offset[at], nest.n, nest.dst_stride
         )
         _refuse(plan, dst_piece < 0, "writes where no piece of its tensor is", first)
         differs = (src_lo != dst_lo) | (src_step != dst_step)
@@ -103,6 +110,16 @@ def _refuse(plan: Plan, bad: BoolArray, fault: str, first: int = 0) -> None:
         )
 
 
+def check_nests(plan: Plan) -> None:
+    """Check that every row has counts and strides, and that they are canonical."""
+    nests, nest = plan.nests, plan.rows.nest
+    _refuse(plan, _outside(nest, len(nests)), "has no counts and strides")
+    _refuse(plan, any_dim(nests.n < 1)[nest], "has no elements")
+    single = (nests.n == 1) & ((nests.src_stride != 0) | (nests.dst_stride != 0))
+    negative = (nests.src_stride < 0) | (nests.dst_stride < 0)
+    _refuse(plan, any_dim(single | negative)[nest], "has strides that are not canonical")
+
+
 def _check_rows(plan: Plan) -> None:
     """Check kinds, indices and ranges of rows."""
     rows, source, sink = plan.rows, plan.source, plan.sink
@@ -118,24 +135,19 @@ def _check_rows(plan: Plan) -> None:
     if (is_hop[:-1] & copy[1:] & ~is_hop[1:]).any():
         raise PlanError("rows that sinks pass on (HOP) must come after those that sources send")
     own = copy & ~is_hop
-    _refuse(plan, any_dim(rows.n < 1), "has no elements")
     _refuse(plan, _outside(rows.dst_buffer, len(sink.buffers)), "has no sink buffer")
     _refuse(plan, own & _outside(rows.src_buffer, len(source.buffers)), "has no source buffer")
     _refuse(plan, is_hop & _outside(rows.src_buffer, len(sink.buffers)), "has no sink to read from")
     _refuse(plan, copy & _outside(rows.tensor, len(sink.tensors)), "has no tensor")
     _refuse(plan, ~copy & ((rows.tensor != CONSTANT) | (rows.src_buffer != -1)), "is no constant")
-    single = (rows.n == 1) & ((rows.src_stride != 0) | (rows.dst_stride != 0))
-    negative = (rows.src_stride < 0) | (rows.dst_stride < 0)
-    _refuse(plan, any_dim(single | negative), "has strides that are not canonical")
-    _refuse(
-        plan,
-        _leaves(rows.dst_offset, rows.n, rows.dst_stride, rows.dst_buffer, sink),
-        "leaves its sink buffer",
+    read, written = (
+        _reach(plan.nests.n, s) for s in (plan.nests.src_stride, plan.nests.dst_stride)
     )
+    leaves = _leaves(rows.dst_offset, written[rows.nest], rows.dst_buffer, sink)
+    _refuse(plan, leaves, "leaves its sink buffer")
     for at, side in (own, source), (is_hop, sink):
-        buffer, n, stride = rows.src_buffer[at], rows.n[at], rows.src_stride[at]
         bad = np.zeros(len(rows), np.bool_)
-        bad[at] = _leaves(rows.src_offset[at], n, stride, buffer, side)
+        bad[at] = _leaves(rows.src_offset[at], read[rows.nest[at]], rows.src_buffer[at], side)
         _refuse(plan, bad, "leaves the buffer that it reads")
     if not own.any():
         return
@@ -150,14 +162,16 @@ def _check_rows(plan: Plan) -> None:
     _refuse(plan, np.asarray(~CAST_TABLE[pair]) & ~made, "needs a cast that does not exist")
 
 
+def _reach(n: IntArray, stride: IntArray) -> NDArray[np.float64]:
+    """Return how far the last element is from the first; in floats, as it may overflow."""
+    return np.asarray(((n - 1) * stride.astype(np.float64)).sum(axis=1))
+
+
 def _leaves(
-    offset: IntArray, n: IntArray, stride: IntArray, buffer: NDArray[Any], side: Manifest
+    offset: IntArray, reach: NDArray[np.float64], buffer: NDArray[Any], side: Manifest
 ) -> BoolArray:
-    """Tell which rows leave their buffer; in floats, since rows from outside may overflow."""
-    last = offset.astype(np.float64)
-    for dim in range(MAX_DIMS):
-        last += (n[:, dim] - 1) * stride[:, dim].astype(np.float64)
-    return np.asarray((offset < 0) | (last >= side.buffers.numel[buffer]))
+    """Tell which rows leave their buffer."""
+    return np.asarray((offset < 0) | (offset + reach >= side.buffers.numel[buffer]))
 
 
 def check_nesting(plan: Plan) -> None:
@@ -207,15 +221,15 @@ def _check_chunks(plan: Plan) -> None:
     copies = len(rows) if not len(chunks) else int(chunks.row_hi[-1])
     if not len(chunks):
         return
-    chunk, buffer = rows.chunk[:copies], rows.dst_buffer[:copies]
-    n, dst_stride, src_stride = rows.n[:copies], rows.dst_stride[:copies], rows.src_stride[:copies]
+    chunk, buffer, nest = rows.chunk[:copies], rows.dst_buffer[:copies], rows.nest[:copies]
+    volume, hull = volume_of(plan.nests.n), hull_elements(plan.nests.n, plan.nests.dst_stride)
     itemsize = sink.buffers.itemsize[buffer]
     _refuse(plan, buffer != buffer[chunks.row_lo[chunk]], "is in a chunk of another buffer")
     start = sink.arena_offset_bytes[buffer] + rows.dst_offset[:copies] * itemsize
-    end = start + hull_elements(n, dst_stride) * itemsize
+    end = start + hull[nest] * itemsize
     range_end = chunks.dst_offset + chunks.nbytes
     _refuse(plan, (start < chunks.dst_offset[chunk]) | (end > range_end[chunk]), "leaves its chunk")
-    nbytes = np.add.reduceat(volume_of(n) * itemsize, chunks.row_lo)
+    nbytes = np.add.reduceat(volume[nest] * itemsize, chunks.row_lo)
     short = np.flatnonzero(nbytes != chunks.nbytes)
     if len(short):
         raise PlanError(
@@ -223,11 +237,14 @@ def _check_chunks(plan: Plan) -> None:
         )
     own = slice(plan.num_direct_rows)
     direct = ~chunks.is_packed[chunk[own]]
-    straight = all_dims(src_stride[own] == dst_stride[own])
-    straight &= hull_elements(n[own], dst_stride[own]) == volume_of(n[own])
+    straight = all_dims(plan.nests.src_stride == plan.nests.dst_stride) & (hull == volume)
     same = plan.source.buffers.dtype[rows.src_buffer[own]] == sink.buffers.dtype[buffer[own]]
     same &= rows.kind[own] == RowKind.COPY
-    _refuse(plan, direct & ~(straight & same), "is not contiguous on both sides, yet not packed")
+    _refuse(
+        plan,
+        direct & ~(straight[nest[own]] & same),
+        "is not contiguous on both sides, yet not packed",
+    )
     chunk = chunk[own]
     alone = (chunks.row_hi - chunks.row_lo == 1)[chunk]
     _refuse(plan, direct & ~alone, "shares a chunk that is not packed")
@@ -265,13 +282,14 @@ def check_constants(plan: Plan) -> None:
     expected = np.flatnonzero(pieces.tensor == CONSTANT)
     if not np.array_equal(np.sort(piece), expected):
         raise PlanError("the constant rows are not the constants of the sink's manifest")
+    nest = plan.nest_of(slice(first, None))
     for column, of_piece in (
-        (rows.dst_buffer, pieces.buffer),
-        (rows.dst_offset, pieces.offset),
-        (rows.n, pieces.n),
-        (rows.dst_stride, pieces.stride),
+        (rows.dst_buffer[first:], pieces.buffer),
+        (rows.dst_offset[first:], pieces.offset),
+        (nest.n, pieces.n),
+        (nest.dst_stride, pieces.stride),
     ):
-        if not np.array_equal(column[first:], of_piece[piece]):
+        if not np.array_equal(column, of_piece[piece]):
             raise PlanError("a constant row differs from its piece in the sink's manifest")
 
 
@@ -297,9 +315,10 @@ def _check_cover(plan: Plan) -> None:
     """Check that every element of every sink buffer is written exactly once."""
     rows, sink = plan.rows, plan.sink
     owner = rows.dst_buffer.astype(np.int64)
-    good = covers_once(owner, rows.dst_offset, rows.n, rows.dst_stride, sink.buffers.numel)
+    n, stride = plan.nests.n, plan.nests.dst_stride
+    good = covers_once(owner, rows.dst_offset, n, stride, sink.buffers.numel, rows.nest)
     for buffer in np.flatnonzero(~good)[:1]:
-        written = int(volume_of(rows.n[owner == buffer]).sum())
+        written = int(volume_of(n)[rows.nest[owner == buffer]].sum())
         rank = sink.ranks[int(sink.buffers.rank[buffer])]
         of_buffer = sink.pieces.tensor[sink.pieces.buffer == buffer]
         tensors = [sink.tensors.names[t] for t in of_buffer[of_buffer != CONSTANT][:1]]

@@ -43,6 +43,7 @@ def prove(plan: Plan, known: str | None = None) -> str:
     proven, found = plan, ""
     is_one_of_many = plan.sink.repeats is not None or known is not None
     if is_one_of_many and not _has_relays(plan, len(base.ranks)):
+        validate.check_nests(plan)
         validate.check_nesting(plan)
         validate.check_constants(plan)
         proven = first_replica(plan, base, count)

@@ -159,14 +159,15 @@ def _program(plan: Plan, bucket_ids: Int64, sender: Manifest) -> list[BucketProg
     chunk_of = np.repeat(np.arange(len(chunk)), num_rows)
     first_row = np.concatenate([[0], np.cumsum(num_rows)])[first_chunk]
     src, copy = plan.rows.src_buffer[row].astype(np.int64), _copy_table(plan, row, sender)
+    nest = plan.nest_of(row)
     # Which of several tensors that share memory (aliases) the plan reads; a sink has none.
     tensor = plan.tensor_in_source[plan.rows.tensor[row]] if sender is plan.source else None
     keys = _keys(
         sender,
         src,
         plan.rows.src_offset[row],
-        plan.rows.n[row],
-        plan.rows.src_stride[row],
+        nest.n,
+        nest.src_stride,
         tensor=tensor,
     )
     row_shift = (staged_at - chunks.dst_offset[chunk])[chunk_of]
@@ -210,13 +211,14 @@ def inbound_buckets(plan: Plan, sink: int) -> list[InboundBucket]:
     buffer = rows.dst_buffer[row].astype(np.int64)
     item = ITEMSIZE[plan.sink.buffers.dtype[buffer]]
     # The sink's own layout says which elements these bytes are.
-    keys = _keys(plan.sink, buffer, rows.dst_offset[row], rows.n[row], rows.dst_stride[row])
+    nest = plan.nest_of(row)
+    keys = _keys(plan.sink, buffer, rows.dst_offset[row], nest.n, nest.dst_stride)
     digest = _table(
         plan.sink.arena_offset_bytes[buffer] + rows.dst_offset[row] * item,
         item,
         keys,
-        rows.n[row],
-        rows.dst_stride[row] * item[:, None],
+        nest.n,
+        nest.dst_stride * item[:, None],
     )
     ends = np.cumsum(row_hi - row_lo)
     found = []
@@ -255,7 +257,7 @@ def constants(plan: Plan, sink: int) -> Constants:
 
 
 def _copy_table(plan: Plan, row: Int64, sender: Manifest) -> Int64:
-    rows = plan.rows
+    rows, nest = plan.rows, plan.nest_of(row)
     src, dst = rows.src_buffer[row], rows.dst_buffer[row]
     src_dtype, dst_dtype = sender.buffers.dtype[src], plan.sink.buffers.dtype[dst]
     src_item, dst_item = ITEMSIZE[src_dtype], ITEMSIZE[dst_dtype]
@@ -264,9 +266,9 @@ def _copy_table(plan: Plan, row: Int64, sender: Manifest) -> Int64:
         plan.sink.arena_offset_bytes[dst] + rows.dst_offset[row] * dst_item,
         src_dtype,
         dst_dtype,
-        rows.n[row],
-        rows.src_stride[row] * src_item[:, None],
-        rows.dst_stride[row] * dst_item[:, None],
+        nest.n,
+        nest.src_stride * src_item[:, None],
+        nest.dst_stride * dst_item[:, None],
     )
 
 
