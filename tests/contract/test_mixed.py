@@ -164,6 +164,16 @@ def test_a_process_that_may_not_be_read_goes_the_far_way(
         sink.stdin.write("\n")
 
 
+def test_who_is_reached_by_neither_way_is_named_with_both_reasons(trio: Trio) -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SINK], text=True, **pipes) as sink:
+        assert sink.stdout is not None
+        descriptor = bytes.fromhex(sink.stdout.readline())
+        sink.kill()
+    with pytest.raises(PeerLostError, match=r"127\.0\.0\.1.*; nor over local: .*pid"):
+        trio.near.connect(descriptor, WAIT_S)
+
+
 def test_both_sides_must_be_of_one_fabric(trio: Trio) -> None:
     target, _, _ = trio.open(1)
     with open_fabric("tcp") as plain, pytest.raises(ConfigError, match=r"'local\+tcp'.*'tcp'"):

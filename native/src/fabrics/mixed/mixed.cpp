@@ -91,14 +91,23 @@ class MixedFabric final : public Fabric {
             throw Error(Scope::kConfig,
                         "descriptor has another length than it says; it is damaged");
         }
+        std::string refusal;
         try {
             return near_->connect(both.first(near_bytes), deadline);
         } catch (const Error& error) {
             if (!is_elsewhere(error)) {
                 throw;
             }
+            refusal = error.detail();
         }
-        return far_->connect(both.subspan(near_bytes), deadline);
+        try {
+            return far_->connect(both.subspan(near_bytes), deadline);
+        } catch (const Error& error) {
+            throw Error(error.scope(),
+                        error.detail() + "; nor over " + std::string(near_->name()) + ": " +
+                            refusal,
+                        error.facts());
+        }
     }
 
     [[nodiscard]] std::vector<RailInfo> rails() override { return far_->rails(); }
