@@ -56,7 +56,6 @@ class Sender:
     Args:
         work: What its buckets take.
         begin_s: When it may start.
-        depth: Places in each queue.
 
     Attributes:
         window: Most buckets on the wire at a time.
@@ -66,14 +65,14 @@ class Sender:
             and when its last write was posted.
     """
 
-    def __init__(self, work: StageWork, begin_s: float, depth: int = QUEUE_DEPTH) -> None:
-        self.window = depth + 2  # in the queue, waited for, and one handed over too early
+    def __init__(self, work: StageWork, begin_s: float) -> None:
+        self.window = QUEUE_DEPTH + 2  # in the queue, waited for, and one handed over too early
         self.num_posted = self.num_complete = 0
         self.read_start_s: list[float] = []
         self.cast_start_s: list[float] = []
         self.write_start_s: list[float] = []
         self.post_s: list[float] = []
-        self._lag = depth + 1
+        self._lag = QUEUE_DEPTH + 1
         self._ready_s = [begin_s] * len(work.read_s)  # when each may be taken
         self._read_s = work.read_s.tolist()
         self._cast_s = work.cast_s.tolist()

@@ -59,12 +59,25 @@ def test_sinks_that_pass_on_over_a_network_are_struck(zygote: Zygote) -> None:
         for action in ACTIONS
         for mode in ("staged", "in_place")
     ]
-    results = _run_all(zygote, [(fault, seed) for seed in range(ROUNDS) for fault in faults])
-    broken = [f"{r.fault.name}: {r.violations}" for r in results if r.violations]
-    assert not broken, "\n".join(broken)
-    assert all(r.was_hit for r in results)
+    work = [(fault, seed) for seed in range(ROUNDS) for fault in faults]
+    found: list[Result] = []
+    for _ in range(3):
+        results = _run_all(zygote, work)
+        broken = [f"{r.fault.name}: {r.violations}" for r in results if r.violations]
+        assert not broken, "\n".join(broken)
+        found += [r for r in results if not _was_stalled(r)]
+        work = [w for w, r in zip(work, results, strict=True) if _was_stalled(r)]
+        if not work:
+            break
+    assert not work, f"the host stood still in every one of three runs of {work}"
+    assert all(r.was_hit for r in found)
     # The rank owed nothing to the other replica, which goes on alone.
-    assert {(r.decision, r.why) for r in results} == {("commit", "1 replica(s)")}
+    assert {(r.decision, r.why) for r in found} == {("commit", "1 replica(s)")}
+
+
+def _was_stalled(result: Result) -> bool:
+    """Whether the host kept a process that nobody struck from running for a whole lease."""
+    return "silent for" in result.why and "sink a/1" not in result.why
 
 
 # double_count needs deliveries that repeat: tests/fault/test_sim_schedules.py finds that one.
