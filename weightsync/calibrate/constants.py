@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, Final
 
 from weightsync.calibrate import rates
-from weightsync.errors import ConfigError
+from weightsync.errors import ConfigError, IntegrityError
 from weightsync.fleet.fleet import Fleet, JobSpec
 from weightsync.ir.plan import Plan, PlanOptions
 from weightsync.planners.cluster import Cluster, Rate
@@ -247,7 +247,7 @@ def _update_s(fleet: Fleet, spec: JobSpec) -> float:
     problems = fleet.check()
     fleet.close_job()
     if problems:
-        raise ConfigError(f"calibration moved wrong bytes: {problems[0]}")
+        raise IntegrityError(f"calibration moved wrong bytes: {problems[0]}")
     return median(took[1:])
 
 
