@@ -242,8 +242,9 @@ def _tables(
     owner, local = expand(counts)
     index = lowered.row_start[order][owner] + local
     nests, nest = _nests(lowered.rows)
-    parts, columns = [nests], {}
-    names = ("tensor", "src_buffer", "dst_buffer", "src_offset", "dst_offset")
+    parts = [nests]  # until they are joined, `nest` counts through all parts
+    names = [name for name in CopyTable.COLUMNS if name not in NestTable.COLUMNS]
+    columns = {}
     for name, before in (("nest", nest), *((name, getattr(lowered.rows, name)) for name in names)):
         columns[name] = np.empty(len(index) + len(last), before.dtype)
         np.take(before, index, out=columns[name][: len(index)], mode="clip")
@@ -306,8 +307,8 @@ def _joined(
     first, number = unique_rows([every.n, every.src_stride, every.dst_stride])
     is_used = np.zeros(len(first), np.bool_)
     is_used[number[nest]] = True
-    place = np.cumsum(is_used, dtype=np.int32) - 1
-    return every.take(first[is_used]), place.astype(np.int32)[number][nest]
+    place = np.cumsum(is_used, dtype=np.int32) - np.int32(1)
+    return every.take(first[is_used]), place[number][nest]
 
 
 def _targets(fan: IntArray, target: IntArray, fans: Fans) -> tuple[IntArray, IntArray]:

@@ -162,8 +162,9 @@ def predict(
         PlanBudgetError: A bucket needs more staging than the budget.
 
     Cost: 30 to 50 us a bucket on one core. Plans of more than 4000 buckets are worked out in about
-    as many steps (see `Wire`), which changes the result by about 1 percent: so much as rounding
-    does in an exact run, since equal buckets meet in many ties.
+    as many steps (see `Wire`). Eight times as many change what is predicted for Kimi-K2 by 0.02
+    percent; smaller plans differ from an exact run by about 1 percent: so much as rounding does
+    there, since equal buckets meet in many ties.
     """
     work = bucket_work(plan) if work is None else work
     num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
@@ -177,7 +178,6 @@ def predict(
     programs = _programs(plan)
     senders: list[Sender] = []
     for number, mine in enumerate(programs):
-        kind = Sender if number < num_sources else ForwardingSender
         tasks = StageWork(
             read_s=stages[0][mine],
             cast_s=stages[1][mine],
@@ -185,7 +185,8 @@ def predict(
             staging_bytes=plan.buckets.staging_bytes[mine],
             budget_bytes=int(budgets[number]) if number < num_sources else 0,
         )
-        senders.append(kind(tasks, begin_s))
+        is_source = number < num_sources
+        senders.append(Sender(tasks, begin_s) if is_source else ForwardingSender(tasks))
     sender, is_local = plan.sender, _is_local(plan, cluster)
     wire = _wire(plan, cluster, rates, senders, is_local)
     wire.run()

@@ -146,12 +146,11 @@ class ForwardingSender(Sender):
 
     Args:
         work: What its buckets take, in program order; none of them is staged.
-        begin_s: When it may start.
     """
 
-    def __init__(self, work: StageWork, begin_s: float) -> None:
+    def __init__(self, work: StageWork) -> None:
         none = np.zeros(0)
-        super().__init__(StageWork(none, none, none, np.zeros(0, np.int64), 0), begin_s)
+        super().__init__(StageWork(none, none, none, np.zeros(0, np.int64), 0), 0.0)
         self._work = work
         self._order: list[int] = []
 

@@ -170,8 +170,9 @@ def test_who_is_reached_by_neither_way_is_named_with_both_reasons(trio: Trio) ->
         assert sink.stdout is not None
         descriptor = bytes.fromhex(sink.stdout.readline())
         sink.kill()
-    with pytest.raises(PeerLostError, match=r"127\.0\.0\.1.*; nor over local: .*pid"):
+    with pytest.raises(PeerLostError, match=r"127\.0\.0\.1.*; nor over local: .*pid") as caught:
         trio.near.connect(descriptor, WAIT_S)
+    assert not caught.value.where.startswith("mixed.cpp")
 
 
 def test_both_sides_must_be_of_one_fabric(trio: Trio) -> None:

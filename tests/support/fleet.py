@@ -142,13 +142,18 @@ class Fleet:
     def advance(self, seconds: float) -> None:
         """Let time pass in small steps; living members send heartbeats."""
         for _ in range(20):
-            self.now += seconds / 20
+            self.tick_after(seconds / 20, heard_first=True)
+
+    def tick_after(self, seconds: float, *, heard_first: bool = False) -> None:
+        """Let the coordinator's clock go on at once; with heartbeats of the living, or unheard."""
+        self.now += seconds
+        if heard_first:
             for actor in list(self.actors.values()):
                 if actor.alive and not actor.frozen:
                     self._say(actor, "heartbeat", heartbeat=pb.Heartbeat(state=actor.state))
             self.run()
-            self._perform(self.core.tick(self.now))
-            self.run()
+        self._perform(self.core.tick(self.now))
+        self.run()
 
     def crash_coordinator(self, *, before: str = "", after: str = "") -> None:
         self.crash = f"before {before}" if before else f"after {after}"

@@ -36,7 +36,8 @@ def hop_options(rng: random.Random, options: PlanOptions, count: int) -> PlanOpt
 
 def corrupted(plan: Plan, rng: random.Random) -> Plan:
     """Return the plan with one random number of one random table changed."""
-    name = rng.choice([t for t in ("rows", "rows", "chunks", "buckets") if len(getattr(plan, t))])
+    names = ("rows", "rows", "nests", "chunks", "buckets")
+    name = rng.choice([t for t in names if len(getattr(plan, t))])
     table: Table = getattr(plan, name)
     column = rng.choice([c for c in table.COLUMNS])
     values = np.array(getattr(table, column))
@@ -46,7 +47,9 @@ def corrupted(plan: Plan, rng: random.Random) -> Plan:
     if values.dtype == np.bool_:
         flat[at] = not old
     else:
-        other = rng.choice([int(old) + 1, int(old) - 1, int(rng.choice(flat)), 0, 1 << 40])
+        other = rng.choice(
+            [int(old) + 1, int(old) - 1, int(rng.choice(flat)), 0, 1 << 40, -(1 << 62)]
+        )
         info = np.iinfo(values.dtype)
         flat[at] = min(max(other, int(info.min)), int(info.max))
     return dataclasses.replace(plan, **{name: dataclasses.replace(table, **{column: values})})

@@ -129,13 +129,30 @@ def test_a_silent_member_is_fenced_after_its_lease() -> None:
 def test_a_coordinator_that_stood_still_takes_nobody_for_silent() -> None:
     fleet = Fleet(sources=1, replicas={"a": 2, "b": 2}, lease_s=1.0)
     fleet.freeze("sink b/0")
-    fleet.now += 3.0  # the host stands still: what members sent meanwhile is not read yet
-    fleet.advance(0.2)
+    fleet.tick_after(3.0)  # the host stands still: what members sent meanwhile is not read yet
+    assert fleet.problem("source 0") == fleet.problem("sink a/0") == fleet.problem("sink b/0") == ""
     fleet.publish_all()
-    assert fleet.problem("source 0") == fleet.problem("sink b/0") == ""
     fleet.advance(1.5)
     assert fleet.problem("sink b/0") == "FencedError"
     assert fleet.decisions == [(1, True)]
+
+
+def test_a_coordinator_that_is_always_late_finds_the_dead() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1, "b": 1}, lease_s=1.0)
+    fleet.freeze("sink b/0")
+    for _ in range(3):
+        fleet.tick_after(0.6, heard_first=True)
+    assert fleet.problem("sink b/0") == "FencedError"
+    assert fleet.problem("sink a/0") == fleet.problem("source 0") == ""
+
+
+def test_a_deadline_counts_the_time_in_which_the_coordinator_stood_still() -> None:
+    fleet = Fleet(sources=1, replicas={"a": 1})
+    fleet.stall("source 0", at="write")
+    fleet.publish_all(timeout_s=2.0)
+    fleet.tick_after(3.0)
+    assert fleet.decisions == [(1, False)]
+    assert fleet.problem("source 0") == "TransferTimeoutError"
 
 
 def test_versions_only_grow() -> None:

@@ -18,7 +18,8 @@ from weightsync.errors import (
     PlanError,
     UnknownTensorError,
 )
-from weightsync.ir import Manifest, ManifestBuilder, Plan, PlanOptions, RowKind
+from weightsync.ir import Manifest, ManifestBuilder, NestTable, Plan, PlanOptions, RowKind
+from weightsync.ir.repeat import repeat_ranks
 from weightsync.ir.validate import validate_content, validate_structure
 from weightsync.planners.planner import plan_transfer
 
@@ -171,6 +172,8 @@ def test_rows_are_of_the_kinds_that_their_tensors_need() -> None:
         ("rows", {"dst_offset": _set(0, 1 << 40)}, "leaves its sink buffer"),
         ("nests", {"src_stride": _set((0, 0), 3)}, "strides that are not canonical"),
         ("rows", {"nest": _set(0, 99)}, "has no counts and strides"),
+        ("rows", {"nest": _set(0, -1)}, "has no counts and strides"),
+        ("chunks", {"is_packed": _set(slice(None), False)}, "shares a chunk that is not packed"),
         ("rows", {"chunk": _set(0, 1)}, "another chunk"),
         ("rows", {"src_offset": _set(0, 4)}, "reads other elements"),
         ("chunks", {"nbytes": _set(0, 8)}, "leaves its chunk"),
@@ -184,6 +187,51 @@ def test_rows_are_of_the_kinds_that_their_tensors_need() -> None:
 def test_each_contradiction_is_named(table: str, columns: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         _with(_plan(), table, **columns).validate()
+
+
+def test_what_lies_apart_is_packed() -> None:
+    left = ((0, 0), (4, 2), (1, 1))
+    plan = plan_transfer(_side("source", {"w": (4, 4)}), _side("sink", {"w": ((4, 4), [left])}))
+    assert (len(plan.rows), plan.chunks.is_packed.tolist()) == (1, [True])
+    with pytest.raises(PlanError, match="not contiguous on both sides, yet not packed"):
+        _with(plan, "chunks", is_packed=_set(0, False)).validate()
+
+
+def test_counts_and_strides_are_listed_once_and_used() -> None:
+    plan = _plan()
+    nests = plan.nests
+    for table in (NestTable.concat([nests, nests]), NestTable.concat([nests, _nest(7)])):
+        with pytest.raises(PlanError, match="listed twice, or such that no row has"):
+            dataclasses.replace(plan, nests=table).validate()
+    with pytest.raises(PlanError, match="has no counts and strides"):
+        dataclasses.replace(plan, nests=NestTable.empty()).validate()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_constants_are_those_of_the_manifest(replicas: int) -> None:
+    builder = ManifestBuilder("sink", "sink 0")
+    builder.tensor("w", (3,))
+    builder.buffer("w", "F32", 8)
+    builder.place("w", "w", (3,))
+    builder.constant("w", 3, (5,), (1,), 0.0)
+    sink = builder.build()
+    if replicas > 1:
+        sink = repeat_ranks(sink, [[f"sink {number}"] for number in range(replicas)])
+    plan = plan_transfer(_side("source", {"w": (3,)}), sink)
+    for changed in (
+        _with(plan, "rows", dst_offset=_set(-1, 2)),
+        _with(plan, "nests", n=_set((-1, 3), 4)),
+    ):
+        with pytest.raises(PlanError, match="a constant row differs from its piece"):
+            changed.validate()
+    with pytest.raises(PlanError, match="has no counts and strides"):
+        _with(plan, "rows", nest=_set(-1, 9)).validate()
+
+
+def _nest(n: int) -> NestTable:
+    """Return counts and strides of `n` elements side by side."""
+    stride = np.array([[0, 0, 0, 1]])
+    return NestTable(n=np.array([[1, 1, 1, n]]), src_stride=stride, dst_stride=stride)
 
 
 def test_structure_and_content_are_proved_apart() -> None:
@@ -265,6 +313,15 @@ def test_hops_that_wait_for_each_other_are_refused() -> None:
 def test_hops_that_pass_on_something_else_are_refused(columns: dict[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         _with(_hop_plan(), "rows", **columns).validate()
+
+
+def test_hops_read_as_they_write() -> None:
+    plan = _hop_plan()
+    last = plan.nest_of(slice(len(plan.rows) - 1, None))
+    apart = dataclasses.replace(last, src_stride=np.zeros_like(last.src_stride))
+    plan = dataclasses.replace(plan, nests=NestTable.concat([plan.nests, apart]))
+    with pytest.raises(PlanError, match="something else than a range of memory"):
+        _with(plan, "rows", nest=_set(-1, len(plan.nests) - 1)).validate()
 
 
 def test_hops_are_not_packed_and_go_to_others() -> None:

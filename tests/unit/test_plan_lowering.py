@@ -59,11 +59,8 @@ def test_equal_layouts_are_written_straight_in_even_chunks() -> None:
     assert _chunks(plan) == [(0, 512, False, 1), (512, 512, False, 1), (1024, 256, False, 1)]
     nine = {"w": (9, 64)}
     plan = _planned(_whole("source", 0, nine).build(), _whole("sink", 0, nine).build(), options)
-    assert plan.nest_of(slice(None)).n[:, 2].tolist() == [
-        3,
-        3,
-        3,
-    ]  # rather than 4, 4 and a short rest
+    # Rather than 4, 4 and a short rest.
+    assert plan.nest_of(slice(None)).n[:, 2].tolist() == [3, 3, 3]
 
 
 def test_one_row_above_the_chunk_limit_is_cut_inside() -> None:

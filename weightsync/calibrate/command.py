@@ -152,9 +152,11 @@ def _speed(address: str) -> float | None:
     """Return the Gbit/s of the interface that has an address; None where nobody knows."""
     if (ip := shutil.which("ip")) is None:
         return None
-    listed = subprocess.run(
-        [ip, "-j", "address"], capture_output=True, text=True, timeout=_IP_S, check=False
-    )
+    command = [ip, "-j", "address"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=_IP_S, check=False)
+    except subprocess.TimeoutExpired:
+        return None
     for link in json.loads(listed.stdout or "[]"):
         if address in {one["local"] for one in link["addr_info"]}:
             try:

@@ -173,9 +173,8 @@ class Shares(Table):
 class RowTable(Table):
     """Strided copies, sorted by chunk and destination; HOP rows, then CONST rows, come last.
 
-    In a HOP row the source side is the memory of the sink that passes it on. In an ENCODE row
-    counts and sink strides are in elements of the codes or scales that the sink stores; source
-    offset and strides lead from where the values of one begin to those of the next.
+    In a HOP row the source side is the memory of the sink that passes it on. In an ENCODE row the
+    source offset is where the values of the first code or scale begin.
 
     Attributes:
         kind: `RowKind`.
@@ -213,11 +212,16 @@ class RowTable(Table):
 class NestTable(Table):
     """Loop nests: how many elements a row moves along each dim, and how far apart they lie.
 
-    Millions of rows have some hundred of them, which is why they are a table of their own.
+    Millions of rows have some hundred of them, which is why they are a table of their own. Each is
+    there once, and some row has it; they come in the order of the rows that have them before rows
+    get their buckets.
+
+    Of ENCODE rows counts and sink strides are in elements of the codes or scales that the sink
+    stores; source strides lead from where the values of one begin to those of the next.
 
     Attributes:
         n: Counts per canonical dim, `(N, 4)`.
-        src_stride, dst_stride: Elements, `(N, 4)`; 0 where n is 1.
+        src_stride, dst_stride: Elements, `(N, 4)`; 0 where n is 1. CONST rows have no source.
     """
 
     n: IntArray

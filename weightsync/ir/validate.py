@@ -21,11 +21,11 @@ from weightsync.ir.locate import BLOCK_ROWS, Locator
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import CONSTANT, hull_elements
 from weightsync.ir.plan import Plan, RowKind
-from weightsync.ir.tables import BoolArray, IntArray, all_dims, any_dim, volume_of
+from weightsync.ir.tables import BoolArray, IntArray, all_dims, any_dim, unique_rows, volume_of
 
 __all__ = [
     "check_constants",
-    "check_nesting",
+    "check_tiling",
     "check_nests",
     "validate_content",
     "validate_structure",
@@ -46,7 +46,7 @@ def validate_structure(plan: Plan) -> None:
     """
     check_nests(plan)
     _check_rows(plan)
-    check_nesting(plan)
+    check_tiling(plan)
     _check_ranks(plan)
     _check_chunks(plan)
     _check_budgets(plan)
@@ -111,9 +111,15 @@ def _refuse(plan: Plan, bad: BoolArray, fault: str, first: int = 0) -> None:
 
 
 def check_nests(plan: Plan) -> None:
-    """Check that every row has counts and strides, and that they are canonical."""
+    """Check that every row has counts and strides, that these are canonical, and each there once.
+
+    Everything else that looks at a plan may take this for granted.
+    """
     nests, nest = plan.nests, plan.rows.nest
     _refuse(plan, _outside(nest, len(nests)), "has no counts and strides")
+    first, _ = unique_rows([nests.n, nests.src_stride, nests.dst_stride])
+    if len(first) < len(nests) or not np.bincount(nest, minlength=len(nests)).all():
+        raise PlanError("counts and strides are listed twice, or such that no row has")
     _refuse(plan, any_dim(nests.n < 1)[nest], "has no elements")
     single = (nests.n == 1) & ((nests.src_stride != 0) | (nests.dst_stride != 0))
     negative = (nests.src_stride < 0) | (nests.dst_stride < 0)
@@ -174,7 +180,7 @@ def _leaves(
     return np.asarray((offset < 0) | (offset + reach >= side.buffers.numel[buffer]))
 
 
-def check_nesting(plan: Plan) -> None:
+def check_tiling(plan: Plan) -> None:
     """Check that rows, chunks and buckets follow one another without gaps."""
     rows, chunks, buckets = plan.rows, plan.chunks, plan.buckets
     copies = int(np.count_nonzero(rows.kind != RowKind.CONST))
@@ -275,7 +281,7 @@ def _check_budgets(plan: Plan) -> None:
 
 
 def check_constants(plan: Plan) -> None:
-    """Check that CONST rows are exactly the sink's constant pieces."""
+    """Check that CONST rows are exactly the sink's constant pieces; expects `check_nests`."""
     rows, pieces = plan.rows, plan.sink.pieces
     first = plan.num_sent
     piece = rows.src_offset[first:]

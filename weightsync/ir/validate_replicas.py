@@ -44,7 +44,7 @@ def prove(plan: Plan, known: str | None = None) -> str:
     is_one_of_many = plan.sink.repeats is not None or known is not None
     if is_one_of_many and not _has_relays(plan, len(base.ranks)):
         validate.check_nests(plan)
-        validate.check_nesting(plan)
+        validate.check_tiling(plan)
         validate.check_constants(plan)
         proven = first_replica(plan, base, count)
         if known is not None:
@@ -75,7 +75,7 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
     """Return the part of a plan that writes the first replica; check that the others equal it.
 
     Args:
-        plan: A plan whose rows, chunks and buckets follow one another (`check_nesting`).
+        plan: A plan that passed `check_nests` and `check_tiling`.
         base: One replica of `plan.sink`.
         count: Replicas.
 

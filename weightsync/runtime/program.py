@@ -16,7 +16,7 @@ from weightsync.errors import PlanError
 from weightsync.ir.dtypes import ITEMSIZE, Dtype, fill_code
 from weightsync.ir.locate import locate_rows
 from weightsync.ir.manifest import Manifest
-from weightsync.ir.plan import Plan
+from weightsync.ir.plan import NestTable, Plan
 
 __all__ = [
     "BucketProgram",
@@ -158,8 +158,8 @@ def _program(plan: Plan, bucket_ids: Int64, sender: Manifest) -> list[BucketProg
     num_rows = chunks.row_hi[chunk] - chunks.row_lo[chunk]
     chunk_of = np.repeat(np.arange(len(chunk)), num_rows)
     first_row = np.concatenate([[0], np.cumsum(num_rows)])[first_chunk]
-    src, copy = plan.rows.src_buffer[row].astype(np.int64), _copy_table(plan, row, sender)
     nest = plan.nest_of(row)
+    src, copy = plan.rows.src_buffer[row].astype(np.int64), _copy_table(plan, row, nest, sender)
     # Which of several tensors that share memory (aliases) the plan reads; a sink has none.
     tensor = plan.tensor_in_source[plan.rows.tensor[row]] if sender is plan.source else None
     keys = _keys(
@@ -256,8 +256,8 @@ def constants(plan: Plan, sink: int) -> Constants:
     return Constants(table, np.array([fill_code(Dtype(d), v) for d, v in fills], np.uint64))
 
 
-def _copy_table(plan: Plan, row: Int64, sender: Manifest) -> Int64:
-    rows, nest = plan.rows, plan.nest_of(row)
+def _copy_table(plan: Plan, row: Int64, nest: NestTable, sender: Manifest) -> Int64:
+    rows = plan.rows
     src, dst = rows.src_buffer[row], rows.dst_buffer[row]
     src_dtype, dst_dtype = sender.buffers.dtype[src], plan.sink.buffers.dtype[dst]
     src_item, dst_item = ITEMSIZE[src_dtype], ITEMSIZE[dst_dtype]

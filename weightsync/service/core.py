@@ -59,6 +59,7 @@ class CoordinatorCore:
         self._adopting: set[str] = set()  # replicas that hold the committed version, not active
         self._out: list[Action] = []
         self._now = self._ticked = 0.0
+        self._stood_still = False
 
     # ---- what happened ----
 
@@ -106,11 +107,9 @@ class CoordinatorCore:
     def tick(self, now: float) -> list[Action]:
         """Let time pass: leases and deadlines. Call it at least four times in a lease."""
         self._now = now
-        half_s, stood_still_s, self._ticked = self.options.lease_s / 2, now - self._ticked, now
+        grace = self._grace(now)
         for member in list(self._members.values()):
-            if stood_still_s > half_s:
-                # It was the coordinator that did not run: what came meanwhile is not read yet.
-                member.last_seen = max(member.last_seen, now - half_s)
+            member.last_seen = max(member.last_seen, grace)
             silent_s = now - member.last_seen
             if silent_s > self.options.lease_s:
                 text = f"silent for {silent_s:.1f} s, longer than the lease"
@@ -119,6 +118,13 @@ class CoordinatorCore:
         if self._open is not None and now >= self._open.deadline:
             self._abort(*self._roster.overdue(self._open, self.options.min_replicas))
         return self._finish()
+
+    def _grace(self, now: float) -> float:
+        """Until when all are taken as heard: the coordinator did not run, and has not read yet."""
+        half_s, before, silent_s = self.options.lease_s / 2, self._stood_still, now - self._ticked
+        self._stood_still, self._ticked = silent_s > half_s, now
+        # Once: where every tick is late, the dead must be found all the same.
+        return now - half_s if self._stood_still and not before else 0.0
 
     def status(self) -> pb.StatusReply:
         """What the job looks like now."""

@@ -42,6 +42,10 @@ class Error : public std::exception {
     [[nodiscard]] const std::string& detail() const noexcept { return detail_; }
     [[nodiscard]] const Facts& facts() const noexcept { return facts_; }
     [[nodiscard]] const char* what() const noexcept override { return detail_.c_str(); }
+    // The same error, of the same place in our sources, in other words.
+    [[nodiscard]] Error with_detail(std::string detail) const {
+        return Error(scope_, std::move(detail), facts_, where_);
+    }
     // "board.cpp:123": where in our sources it was thrown.
     [[nodiscard]] std::string where() const;
 

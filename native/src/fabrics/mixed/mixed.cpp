@@ -103,10 +103,8 @@ class MixedFabric final : public Fabric {
         try {
             return far_->connect(both.subspan(near_bytes), deadline);
         } catch (const Error& error) {
-            throw Error(
-                error.scope(),
-                error.detail() + "; nor over " + std::string(near_->name()) + ": " + refusal,
-                error.facts());
+            throw error.with_detail(error.detail() + "; nor over " + std::string(near_->name()) +
+                                    ": " + refusal);
         }
     }
 
