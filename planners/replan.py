@@ -185,11 +185,11 @@ class PlanMemory:
         """Validate a plan, but for a proof that was made already.
 
         Sound, because nothing is taken from the plan's origin: a plan of equal replicas is valid if
-        its tables follow one another, its constants are right, all replicas get what the first gets, and the plan
-        of the first is valid. The former three are checked of every plan. The latter is a question
-        about the tables of that plan, both manifests and the options, which its digest stands for;
-        who gets a bucket first is no part of it. Plans in which replicas pass on to each other are
-        proven whole each time.
+        its tables follow one another, its constants are right, all replicas get what the first
+        gets, and the plan of the first is valid. The former three are checked of every plan. The
+        latter is a question about the tables of that plan, both manifests and the options, which
+        its digest stands for; who gets a bucket first is no part of it. Plans in which replicas
+        pass on to each other are proven whole each time.
 
         Raises:
             What `Plan.validate` raises.

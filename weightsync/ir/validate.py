@@ -25,8 +25,8 @@ from weightsync.ir.tables import BoolArray, IntArray, all_dims, any_dim, unique_
 
 __all__ = [
     "check_constants",
-    "check_tiling",
     "check_nests",
+    "check_tiling",
     "validate_content",
     "validate_structure",
 ]
