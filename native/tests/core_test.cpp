@@ -1,8 +1,14 @@
 // Boards, ranges, leases and copies, without a fabric.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <thread>
+
+#include <pthread.h>
+#include <sched.h>
 
 #include <weightsync/codec.hpp>
 #include <weightsync/copy.hpp>
@@ -149,6 +155,29 @@ TEST(copies_are_exact_at_every_alignment) {
                               is_zero));
         }
     }
+}
+
+TEST(an_abandoned_thread_runs_where_nobody_else_wants_to) {
+    // It outlives this function: what it reads must, too.
+    struct Shared {
+        std::atomic<int> policy{SCHED_OTHER};
+        std::atomic<bool> is_over{false};
+    };
+    auto shared = std::make_shared<Shared>();
+    abandon(std::thread([shared] {
+        for (int i = 0; i < 10000 && shared->policy == SCHED_OTHER; ++i) {
+            sched_param none{};
+            int policy = SCHED_OTHER;
+            pthread_getschedparam(pthread_self(), &policy, &none);
+            shared->policy = policy;
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+        shared->is_over = true;
+    }));
+    while (!shared->is_over) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    CHECK(shared->policy == SCHED_IDLE);
 }
 
 TEST(leases_end_only_when_nothing_reads_them) {

@@ -76,6 +76,10 @@ class CopyPool {
 // on its own threads.
 [[nodiscard]] std::thread start_thread(const char* name, void (*body)(void*), void* argument);
 
+// Lets go of a thread that does not come back from a library: it may spin there until the process
+// ends, so from now on it gets only what no other thread of the host wants.
+void abandon(std::thread thread) noexcept;
+
 // A batch cut into units of about `unit_bytes`: neighbouring small rows together, a long row into
 // pieces.
 struct CopyUnit {

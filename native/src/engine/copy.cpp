@@ -160,6 +160,12 @@ std::thread start_thread(const char* name, void (*body)(void*), void* argument) 
     }
 }
 
+void abandon(std::thread thread) noexcept {
+    const sched_param none{};
+    pthread_setschedparam(thread.native_handle(), SCHED_IDLE, &none);
+    thread.detach();
+}
+
 CopyUnits cut_units(std::span<const Write> rows, std::uint64_t unit_bytes, std::uint32_t max_rows) {
     CopyUnits result;
     const auto num_rows = static_cast<std::uint32_t>(rows.size());

@@ -97,8 +97,9 @@ void Rail::stop() noexcept {
     }
     report("the provider of " + domain_->label() +
            " does not return from a poll: a peer was killed while it held a lock of theirs. One "
-           "thread and what it uses are left behind until this process ends");
-    thread.detach();
+           "thread and what it uses are left behind until this process ends, to run where nobody "
+           "else wants to");
+    abandon(std::move(thread));
 }
 
 void Rail::loop() {
