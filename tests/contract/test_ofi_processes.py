@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,8 +36,10 @@ def fabric(request: pytest.FixtureRequest) -> str:
 def opened(fabric: str) -> Iterator[Engine]:
     with no_leaks():
         handle = Handle(open_fabric(fabric, name="test"))
-        yield cast(Engine, handle)
-        handle.close()
+        try:
+            yield cast(Engine, handle)
+        finally:
+            handle.close()
     own = f"-{os.getpid()}-"
     assert [path.name for path in Path("/dev/shm").iterdir() if own in path.name] == []
 
@@ -46,28 +50,51 @@ def engine(fabric: str) -> Iterator[Engine]:
         yield found
 
 
-def unless_locked(fabric: str, attempt: Callable[[Engine], None]) -> None:
-    """Try again, with another engine, where a writer took the provider's lock with it.
+IN_A_PROCESS = f"""
+import os, sys, traceback
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
+import test_ofi_processes as tests
+try:
+    with tests.opened("ofi:shm") as engine:
+        getattr(tests, sys.argv[1])(engine, "ofi:shm", *map(int, sys.argv[2:]))
+except BaseException:
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)
+"""
+
+
+def unless_locked(fabric: str, attempt: Callable[..., None], *arguments: int) -> None:
+    """Try again, in another process, where a writer took the provider's lock with it.
 
     `shm` has locks in memory of both processes. A writer that is killed or frozen while it holds
-    one, for a moment of each write, keeps the sink's provider waiting (docs/fabrics/ofi.md).
+    one, for a moment of each write, keeps the sink's provider waiting, and a thread of the sink's
+    process with it, until that ends (docs/fabrics/ofi.md).
     """
-    for number in range(3):
-        try:
-            with opened(fabric) as engine:
-                attempt(engine)
-        except PeerError as error:
-            if fabric != "ofi:shm" or "does not answer over shm" not in str(error) or number == 2:
-                raise
-        else:
+    if fabric != "ofi:shm":
+        with opened(fabric) as engine:
+            attempt(engine, fabric, *arguments)
+        return
+    command = [sys.executable, "-c", IN_A_PROCESS, attempt.__name__, *map(str, arguments)]
+    for _ in range(3):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as sink:
+            try:
+                _, said = sink.communicate(timeout=2 * WAIT_S)
+            finally:
+                sink.kill()
+        for path in Path("/dev/shm").glob(f"*-{sink.pid}-*"):
+            path.unlink(missing_ok=True)
+        if sink.returncode == 0:
             return
+        assert "does not answer over shm" in said, said
+    pytest.fail(f"a writer took the lock with it in each of three attempts: {said}")
 
 
 @pytest.mark.parametrize("frozen_at", [0, 5 * MIB, 40 * MIB], ids=["start", "early", "late"])
 def test_a_writer_frozen_inside_a_transfer_changes_no_byte_of_the_next_version(
     fabric: str, frozen_at: int
 ) -> None:
-    unless_locked(fabric, lambda engine: freeze_inside(engine, fabric, frozen_at))
+    unless_locked(fabric, freeze_inside, frozen_at)
 
 
 def freeze_inside(engine: Engine, fabric: str, frozen_at: int) -> None:
@@ -140,7 +167,7 @@ def test_a_killed_sink_is_a_lost_peer_and_sources_are_free(engine: Engine, fabri
 
 
 def test_a_killed_source_leaves_a_sink_that_works(fabric: str) -> None:
-    unless_locked(fabric, lambda engine: kill_a_source(engine, fabric))
+    unless_locked(fabric, kill_a_source)
 
 
 def kill_a_source(engine: Engine, fabric: str) -> None:
