@@ -50,6 +50,26 @@ def test_hosts_of_a_node_reach_each_other_beside_their_rails() -> None:
     assert not any("node" in line for lines in shaped.values() for line in lines)
 
 
+def test_no_host_has_to_ask_for_another() -> None:
+    network = Network(4, 2, Shape(), ((1, 2),))
+    links = network.links()
+    known = {
+        host: {tuple(line.split()[2:7:2]) for line in links[f"wsm-{host}"] if "neigh" in line}
+        for host in range(4)
+    }
+    of_host_3 = {
+        ("10.81.0.4", "02:00:0a:51:00:04", "rail0"),
+        ("10.82.0.4", "02:00:0a:52:00:04", "rail1"),
+        ("10.80.0.4", "02:00:0a:50:00:04", "ctl"),
+    }
+    assert all(of_host_3 <= known[host] for host in range(3))
+    assert "link set rail0 address 02:00:0a:51:00:04 up" in links["wsm-3"]
+    assert [len(known[host]) for host in range(4)] == [9, 12, 12, 9]
+    # What goes to a rail of a node's other host takes the node's own link.
+    for address in ("10.79.0.3", "10.81.0.3", "10.82.0.3"):
+        assert (address, "02:00:0a:4f:00:03", "node") in known[1]
+
+
 def test_addresses_are_all_different() -> None:
     network = Network(25, 3, Shape())
     found = [a for host in range(25) for a in (*network.addresses(host), network.control(host))]

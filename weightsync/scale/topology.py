@@ -167,7 +167,9 @@ class Network:
                 peer = f"type veth peer name {end} mtu {mtu} netns {name}"
                 lines += [f"link add {port} mtu {mtu} {peer}"]
                 lines += [f"link set {port} master {bridge} up"]
-                own += [f"addr add {address}/24 dev {end}", f"link set {end} up"]
+                own += [f"addr add {address}/24 dev {end}"]
+                own += [f"link set {end} address {_mac(address)} up"]
+            own += self._known(host)
             for other in self._neighbours(host):
                 own += [f"route add {address}/32 dev node" for address in self.addresses(other)]
             host_lines[name] = own
@@ -211,6 +213,25 @@ class Network:
             if host in members:
                 yield "node", f"p{host}node", f"brn{number}", f"10.79.0.{host + 1}"
 
+    def _known(self, host: int) -> list[str]:
+        """Return the lines that tell a host which link of another has which address.
+
+        What hosts ask for (ARP) is kept in a table that all namespaces of a system share: 1024
+        entries by default, fewer than two dozen hosts with two rails need. These do not count.
+        """
+        known: list[tuple[str, str, str]] = []
+        for other in self._all():
+            beside = other in self._neighbours(host)
+            for end, _, _, address in self._cables(other):
+                if other != host and (end != "node" or beside):
+                    known.append((address, address, end))
+                if end == "node" and beside:
+                    known += [(rail, address, end) for rail in self.addresses(other)]
+        return [
+            f"neigh add {address} lladdr {_mac(link)} dev {end} nud permanent"
+            for address, link, end in known
+        ]
+
     def _neighbours(self, host: int) -> list[int]:
         """Return the other hosts of its node."""
         return [other for node in self.nodes if host in node for other in node if other != host]
@@ -225,6 +246,11 @@ class Network:
     @staticmethod
     def _port(host: int, rail: int) -> str:
         return f"p{host}r{rail}"
+
+
+def _mac(address: str) -> str:
+    """Return the hardware address of the link that has an address."""
+    return "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
 
 
 def why_not() -> str | None:
