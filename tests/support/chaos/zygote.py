@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_MCL_CURRENT = 1
 
 
 def main() -> None:
@@ -32,6 +33,10 @@ def main() -> None:
     import weightsync.transport.local  # noqa: F401
     from support.chaos import worker
 
+    # Systems that page out what was not used for seconds (DAMON) let workers wait for the disk, for
+    # longer than a lease, when they come to code that nobody ran lately. Where this may not be
+    # done, they do.
+    ctypes.CDLL(None).mlockall(_MCL_CURRENT)
     names: dict[int, str] = {}
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
