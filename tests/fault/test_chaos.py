@@ -67,6 +67,8 @@ def test_sinks_that_pass_on_over_a_network_are_struck(zygote: Zygote) -> None:
         assert not broken, "\n".join(broken)
         found += [r for r in results if not _was_stalled(r)]
         work = [w for w, r in zip(work, results, strict=True) if _was_stalled(r)]
+        for result in filter(_was_stalled, results):
+            sys.__stdout__.write(f"\nrun again: {result.fault.name}: {result.why}\n")
         if not work:
             break
     assert not work, f"the host stood still in every one of three runs of {work}"
