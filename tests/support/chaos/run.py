@@ -172,6 +172,8 @@ class Run:
             pass  # its violation is recorded
         finally:
             self.result.seconds = time.monotonic() - started
+            if self.result.violations:
+                self.result.violations += self._stalls()
             if self.result.violations and os.environ.get("WEIGHTSYNC_CHAOS_KEEP"):
                 self.result.violations.append(f"kept {self.folder}")
             self._end()
@@ -346,6 +348,16 @@ class Run:
             ended = {k: self.zygote.ends[k] for k in self._latest.values() if k in self.zygote.ends}
         return "; ".join([*last, f"ended, with their statuses: {ended}"])
 
+    def _stalls(self) -> list[str]:
+        """What workers said of time in which they could not run."""
+        logs = {name: self.folder / f"out-{name}" for name in self._latest}
+        said = {name: log.read_text()[-4000:] for name, log in logs.items() if log.exists()}
+        return [
+            *(f"{name} printed: {text}" for name, text in said.items() if text),
+            *(f"{name}: {_host_time(self._pid(name))}" for name in self._latest),
+            *(f"pressure of {what}: {_read(f'/proc/pressure/{what}')}" for what in ("cpu", "io", "memory")),
+        ]
+
     def _violate(self, text: str) -> None:
         self.result.violations.append(text)
 
@@ -402,6 +414,26 @@ class Run:
         ):
             time.sleep(0.005)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError as error:
+        return str(error)
+
+
+def _host_time(pid: int) -> str:
+    """How long a process ran, and waited for a core and for the disk, as far as the host tells."""
+    stat = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if len(stat) < 40:
+        return "has ended"
+    tasks = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    ran, waited = (sum(int(_read(str(t)).split()[i]) for t in tasks) / 1e9 for i in (0, 1))
+    return (
+        f"ran {ran:.2f} s, waited {waited:.2f} s for a core, {int(stat[39]) / 100:.2f} s for the "
+        f"disk; {stat[9]} major page faults"
+    )
 
 
 def _thaw(pid: int) -> None:

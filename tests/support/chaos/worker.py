@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ def main(spec: dict[str, Any]) -> None:
             when the fault version is asked for, at once for `bind`), `bug`.
     """
     folder = Path(spec["folder"])
+    threading.Thread(target=_tell_of_stalls, daemon=True).start()
     from support.chaos import bugs
 
     if spec.get("bug"):
@@ -35,6 +39,13 @@ def main(spec: dict[str, Any]) -> None:
     {"coordinator": _coordinator, "source": _source, "sink": _sink, "watcher": _watcher}[
         spec["role"]
     ](folder, spec)
+
+
+def _tell_of_stalls() -> None:
+    """Print where all threads stand whenever none of them may run Python for half a lease."""
+    while True:
+        faulthandler.dump_traceback_later(LEASE_S / 2, file=sys.stderr)
+        time.sleep(0.02)
 
 
 def _arm(spec: dict[str, Any]) -> None:
