@@ -37,6 +37,7 @@ STAGES = {
 }
 ACTIONS = ("kill", "stop")
 VICTIMS = {"source": "source-1", "sink": "sink-a-1", "coordinator": "coordinator"}
+LABELS = {"source": "source 1", "sink": "sink a/1"}  # of the victims, in messages
 # Every process must be done with a version by then, whatever happened.
 DEADLINE_S = PUBLISH_TIMEOUT_S + 5.0 + 4.0
 
@@ -79,7 +80,11 @@ def every_fault() -> list[Fault]:
 
 @dataclass
 class Result:
-    """What one run came to. `violations` is empty when the protocol held."""
+    """What one run came to. `violations` is empty when the protocol held.
+
+    `stalled`: a process that nobody struck was silent for a lease, as it may be where the host lets
+    it wait; says who, and what the host tells of it. Such a run shows nothing of its fault.
+    """
 
     fault: Fault
     was_hit: bool = False
@@ -87,6 +92,7 @@ class Result:
     seconds: float = 0.0
     checks: int = 0
     why: str = ""  # of an abort
+    stalled: str = ""
     violations: list[str] = field(default_factory=list)
 
 
@@ -210,9 +216,12 @@ class Run:
             world.set_goal(self.folder, version)
             if version < fault_version:
                 self._until(
-                    lambda v=version: self._all_adopted(v),
+                    lambda v=version: self._all_adopted(v) or self._silent(v),
                     f"version {version} is adopted",
                 )
+                if self._silent(version):
+                    self._note_stall(version)
+                    raise _GiveUpError
         self._until(
             lambda: self._is_hit(victim) or self._is_over(fault_version), "the fault is hit"
         )
@@ -230,6 +239,8 @@ class Run:
             self._start(victim, restarted=True)
         self._until(lambda: self._is_over(fault_version), f"version {fault_version} is over")
         self.result.why = self._why(fault_version)
+        if self.fault.role in LABELS and self._silent(fault_version):
+            self._note_stall(fault_version)
         # No record means abort: that is what everybody is told.
         self.result.decision = self._decision(fault_version) or "abort"
         if self.result.was_hit and self.fault.role == "source" and self.fault.action == "stop":
@@ -303,6 +314,19 @@ class Run:
         lines = world.notes(self.folder, "source-0")
         return next((str(line["why"]) for line in lines if line.get("version") == version), "")
 
+    def _silent(self, version: int) -> str:
+        """Why a version was given up, if a member that nobody struck was silent for a lease."""
+        for rank in range(world.NUM_SOURCES):
+            for line in world.notes(self.folder, f"source-{rank}"):
+                why = str(line.get("why", ""))
+                struck = version == FAULT_VERSION and LABELS.get(self.fault.role, "") in why
+                if line.get("version") == version and "silent for" in why and not struck:
+                    return why
+        return ""
+
+    def _note_stall(self, version: int) -> None:
+        self.result.stalled = "\n".join([self._silent(version), *self._stalls()])
+
     def _is_over(self, version: int) -> bool:
         """Every living source has heard the outcome of a version."""
         for rank in range(world.NUM_SOURCES):
@@ -355,7 +379,10 @@ class Run:
         return [
             *(f"{name} printed: {text}" for name, text in said.items() if text),
             *(f"{name}: {_host_time(self._pid(name))}" for name in self._latest),
-            *(f"pressure of {what}: {_read(f'/proc/pressure/{what}')}" for what in ("cpu", "io", "memory")),
+            *(
+                f"pressure of {what}: {_read(f'/proc/pressure/{what}')}"
+                for what in ("cpu", "io", "memory")
+            ),
         ]
 
     def _violate(self, text: str) -> None:
@@ -419,8 +446,8 @@ class Run:
 def _read(path: str) -> str:
     try:
         return Path(path).read_text().strip()
-    except OSError as error:
-        return str(error)
+    except OSError:
+        return ""
 
 
 def _host_time(pid: int) -> str:
@@ -428,8 +455,8 @@ def _host_time(pid: int) -> str:
     stat = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     if len(stat) < 40:
         return "has ended"
-    tasks = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
-    ran, waited = (sum(int(_read(str(t)).split()[i]) for t in tasks) / 1e9 for i in (0, 1))
+    tasks = [_read(str(t)).split() for t in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    ran, waited = (sum(int(t[i]) for t in tasks if t) / 1e9 for i in (0, 1))
     return (
         f"ran {ran:.2f} s, waited {waited:.2f} s for a core, {int(stat[39]) / 100:.2f} s for the "
         f"disk; {stat[9]} major page faults"

@@ -33,9 +33,10 @@ def main() -> None:
     import weightsync.transport.local  # noqa: F401
     from support.chaos import worker
 
+    worker.warm_up()
     # Systems that page out what was not used for seconds (DAMON) let workers wait for the disk, for
     # longer than a lease, when they come to code that nobody ran lately. Where this may not be
-    # done, they do.
+    # done, the warm-up has to do.
     ctypes.CDLL(None).mlockall(_MCL_CURRENT)
     names: dict[int, str] = {}
     wake_read, wake_write = os.pipe()
