@@ -375,7 +375,7 @@ class Run:
     def _stalls(self) -> list[str]:
         """What workers said of time in which they could not run."""
         logs = {name: self.folder / f"out-{name}" for name in self._latest}
-        said = {name: log.read_text()[-4000:] for name, log in logs.items() if log.exists()}
+        said = {name: log.read_text()[:8000] for name, log in logs.items() if log.exists()}
         return [
             *(f"{name} printed: {text}" for name, text in said.items() if text),
             *(f"{name}: {_host_time(self._pid(name))}" for name in self._latest),

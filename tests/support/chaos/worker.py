@@ -41,22 +41,6 @@ def main(spec: dict[str, Any]) -> None:
     ](folder, spec)
 
 
-def warm_up() -> None:
-    """Do once what every worker is to do, so that its code is in memory before any lease runs.
-
-    A host may page out code that nobody ran for seconds, and some of it is run by few of the jobs.
-    """
-    from weightsync.ir.plan import PlanOptions
-    from weightsync.service.planning import make_plan
-
-    source, sink = SourceLayout(), SinkLayout(2)
-    make_plan(
-        [(f"source {r}", source.manifest(r).to_bytes()) for r in range(world.NUM_SOURCES)],
-        [(f"sink a/{r}", sink.manifest(r).to_bytes()) for r in range(2)],
-        PlanOptions(bucket_bytes=4096, ranks_per_node=2, node_dedup="on"),
-    )
-
-
 def _tell_of_stalls() -> None:
     """Print where all threads stand whenever none of them may run Python for half a lease."""
     while True:

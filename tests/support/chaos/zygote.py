@@ -7,6 +7,7 @@ Reads one JSON object per line, {"key", "folder", ...}; writes {"key", "pid"} af
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import select
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-_MCL_CURRENT = 1
 
 
 def main() -> None:
@@ -33,11 +33,10 @@ def main() -> None:
     import weightsync.transport.local  # noqa: F401
     from support.chaos import worker
 
-    worker.warm_up()
-    # Systems that page out what was not used for seconds (DAMON) let workers wait for the disk, for
-    # longer than a lease, when they come to code that nobody ran lately. Where this may not be
-    # done, the warm-up has to do.
-    ctypes.CDLL(None).mlockall(_MCL_CURRENT)
+    # A full collection in a worker would look at all that was imported here, and so copy it: 0.2 s
+    # of CPU for each worker, which on few cores is a lease for all of them.
+    gc.collect()
+    gc.freeze()
     names: dict[int, str] = {}
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
