@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from hypothesis import settings
 
 from support import IS_LONG
@@ -11,3 +13,9 @@ from support import IS_LONG
 settings.register_profile("short", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("long" if IS_LONG else "short")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: later collections of garbage need not look at it."""
+    gc.collect()
+    gc.freeze()

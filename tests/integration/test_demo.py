@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from support import IS_LONG
 from support.marked import MARK, marked
 from weightsync.demo.run import DemoOptions
 from weightsync.errors import ConfigError
@@ -38,15 +39,18 @@ def demo(environ: dict[str, str], cwd: Path, *arguments: str, status: int) -> di
     return {**result, "messages": messages}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--steps", "3"),
+DEMOS: list[tuple[str, ...]] = [("--steps", "3")]
+if IS_LONG:
+    DEMOS += [
         ("--tls", "--sources", "3", "--sinks", "2", "--steps", "2"),
         ("--model", "qwen3_moe", "--sources", "3", "--mode", "in_place", "--steps", "2"),
-    ],
-    ids=" ".join,
-)
+    ]
+else:
+    MOE = ("--model", "qwen3_moe", "--mode", "in_place")
+    DEMOS.append(("--tls", *MOE, "--sources", "3", "--sinks", "2", "--steps", "2"))
+
+
+@pytest.mark.parametrize("arguments", DEMOS, ids=" ".join)
 def test_versions_arrive_bit_for_bit(
     mark: dict[str, str], tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
@@ -116,7 +120,7 @@ def test_the_read_back_sees_a_planted_layout_bug(mark: dict[str, str], tmp_path:
 def test_an_interrupt_leaves_nothing(
     mark: dict[str, str], tmp_path: Path, number: signal.Signals, moment: str
 ) -> None:
-    process = start(mark, tmp_path, "--steps", "1000", "--sinks", "2")
+    process = start(mark, tmp_path, "--steps", "1000", "--sinks", "1")
     wait_for(process, moment)
     process.send_signal(number)
     output, messages = process.communicate(timeout=60)
@@ -127,7 +131,7 @@ def test_an_interrupt_leaves_nothing(
 
 
 def test_kill_9_leaves_nothing(mark: dict[str, str], tmp_path: Path) -> None:
-    process = start(mark, tmp_path, "--steps", "1000", "--sinks", "2")
+    process = start(mark, tmp_path, "--steps", "1000", "--sinks", "1")
     wait_for(process, "step 1")
     process.kill()
     process.communicate(timeout=60)
