@@ -126,7 +126,10 @@ def main() -> None:
     for name in arguments.names or CASES:
         print(f"plans: {name}", file=sys.stderr)
         done = subprocess.run(
-            [sys.executable, __file__, "--one", name], check=True, stdout=subprocess.PIPE
+            [sys.executable, __file__, "--one", name],
+            check=True,
+            stdout=subprocess.PIPE,
+            env={"NUMPY_MADVISE_HUGEPAGE": "0", **os.environ},  # as `weightsync plan`
         )
         found[name] = json.loads(done.stdout)
     if arguments.json:

@@ -143,6 +143,11 @@ def test_import_weightsync_is_cheap() -> None:
     assert loaded.isdisjoint({*HEAVY, "numpy", "grpc"})
 
 
+def test_the_command_line_is_cheap() -> None:
+    """`weightsync plan` tells numpy how to take memory, which must not be loaded before."""
+    assert loaded_after("import weightsync.cli").isdisjoint({*HEAVY, "numpy", "grpc"})
+
+
 def test_planning_needs_no_framework() -> None:
     names = [
         module_name(path)
