@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import scaled
+from support.encode_fleets import Fp8Fleet, Mxfp4Fleet
 from support.scenarios import random_scenario
 from weightsync.errors import ConfigError, LayoutError
 from weightsync.ir import Manifest, locate_rows
 from weightsync.ir.cover import covers_once
+from weightsync.ir.encoded import Encoded
 from weightsync.ir.pieces import intersect_progressions, is_nested
 from weightsync.ir.tables import expand, front_pad, unique_rows, unique_runs
 
@@ -142,6 +144,19 @@ def test_rows_are_located_where_their_pieces_say(seed: int) -> None:
         assert [c.tolist() for c in found] == [chosen, lo, step]
     none, _, _ = locate_rows(manifest, *args, pieces.tensor[chosen] + 1000)
     assert (none == -1).all()
+
+
+@settings(max_examples=scaled(40, 1000))
+@given(st.integers(0, 2**32 - 1))
+def test_what_is_made_of_valid_manifests_is_valid(seed: int) -> None:
+    """Merging trusts what it merges, encoding what it encodes; reading checks everything."""
+    rng = random.Random(seed)
+    made = [*random_scenario(rng).manifests()]
+    for fleet in (Fp8Fleet(rng), Mxfp4Fleet(rng)):
+        source, sink = fleet.manifests()
+        made += [source, sink, Encoded.of(source, sink).source]
+    for manifest in made:
+        assert Manifest.from_bytes(manifest.to_bytes()) == manifest
 
 
 @settings(max_examples=scaled(40, 500))

@@ -165,6 +165,22 @@ def test_merge_names_both_ranks_of_a_conflict() -> None:
         Manifest.merge("source", [_builder().build(), _builder().build()])
 
 
+def test_merge_refuses_encodings_that_do_not_go_together() -> None:
+    def sink(rank: int, values: str, codes: str, scales: str) -> Manifest:
+        builder = ManifestBuilder("sink", f"sink {rank}")
+        for name in (values, codes):
+            builder.tensor(name, (128, 128))
+        builder.tensor(scales, (1, 1))
+        builder.encode("fp8_block", values, codes, scales)
+        return builder.build()
+
+    Manifest.merge("sink", [sink(0, "w", "w", "s"), sink(1, "v", "v", "t")])
+    with pytest.raises(LayoutError, match="two sinks encode it by different recipes or from"):
+        Manifest.merge("sink", [sink(0, "w", "w", "s"), sink(1, "v", "w", "s")])
+    with pytest.raises(LayoutError, match="overlap"):
+        Manifest.merge("sink", [sink(0, "w", "w", "s"), sink(1, "v", "v", "s")])
+
+
 def test_tables_out_of_canonical_order_are_refused() -> None:
     builder = _builder()
     builder.piece("w", "w", lo=(0, 0), n=(3, 4), offset=0, stride=(4, 1))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from weightsync.errors import LayoutError
 from weightsync.ir.manifest import Manifest, TensorTable
+from weightsync.ir.manifest_checks import check_labels
 from weightsync.ir.pieces import PieceTable, sorted_pieces
 from weightsync.ir.recipes import RECIPES, EncodingTable, coarsened
 from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, front_pad
@@ -128,13 +129,17 @@ def _with_made(source: Manifest, sink: Manifest, table: EncodingTable) -> Manife
                     side="source",
                 )
             parts.append(pieces)
-    return Manifest(
+    seen = Manifest.trusted(  # valid as the pieces of the values are, but for the names
         side="source",
         ranks=source.ranks,
         tensors=TensorTable(tuple(names), shape, ndim),
         buffers=source.buffers,
         pieces=sorted_pieces(PieceTable.concat(parts)),
+        encodings=EncodingTable.empty(),
+        repeats=None,
     )
+    check_labels(seen)
+    return seen
 
 
 def _numbers(tensors: TensorTable, wanted: IntArray, number: dict[str, int]) -> IntArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Literal
 
@@ -26,10 +27,6 @@ _SCHEMA: Final = "weightsync.manifest/1"
 _SCHEMA_ENCODED: Final = "weightsync.manifest/2"  # with a table of encodings; never an empty one
 
 ARENA_ALIGN_BYTES = 256  # alignment that GPU copies and wide CPU stores like
-_MAX_NUMEL = (
-    1 << 47
-)  # 140 T elements: products of two such bounds are checked, sums cannot overflow
-_MAX_STEP = 1 << 31  # lcm of two steps stays below 2**62
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,10 +226,18 @@ class Manifest:
     def merge(cls, side: Side, manifests: Sequence[Manifest]) -> Manifest:
         """Join manifests of one side; their ranks are numbered in the order given.
 
+        Valid because they are, each by itself, so that only what is between them is checked.
+
         Raises:
             LayoutError: Manifests of the other side, labels that occur twice, or a tensor with
                 two shapes; names the tensor and both ranks.
         """
+        labels = tuple(label for m in manifests for label in m.ranks)
+        if len(set(labels)) < len(labels):
+            twice = next(label for label, count in Counter(labels).items() if count > 1)
+            raise LayoutError(
+                f"rank labels must be unique, {twice} occurs twice", rank=twice, side=side
+            )
         for manifest in manifests:
             if manifest.side != side:
                 label = ", ".join(manifest.ranks)
@@ -277,14 +282,17 @@ class Manifest:
             c: np.concatenate([np.zeros(0, t), *(getattr(b, c) for b in buffers)])
             for c, (t, _) in BufferTable.COLUMNS.items()
         }
-        return cls(
+        merged = cls.trusted(
             side=side,
-            ranks=tuple(label for m in manifests for label in m.ranks),
+            ranks=labels,
+            repeats=None,
             tensors=TensorTable(tuple(names), shape, ndim),
             buffers=BufferTable(tuple(n for m in manifests for n in m.buffers.names), **columns),
             pieces=sorted_pieces(PieceTable.concat(pieces)),
             encodings=_joined(encodings, names),
         )
+        check_encodings(merged.encodings, merged.tensors)
+        return merged
 
 
 class Arena:

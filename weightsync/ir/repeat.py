@@ -6,6 +6,7 @@ is cheap. A model of sixty layers costs what two of them do.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from weightsync.ir.tables import IntArray, expand, starts_of
 __all__ = ["find_replicas", "relabelled", "repeat_blocks", "repeat_ranks"]
 
 Prefixes = tuple[str, str]
+Beginnings = tuple[str, tuple[str, ...]]  # of the names of a part, and of those of its copies
 
 
 def repeat_blocks(
@@ -45,8 +47,10 @@ def repeat_blocks(
     """
     if not blocks:
         return manifest
-    tensors = _Names(manifest.tensors.names, [(old[0], [p[0] for p in new]) for old, new in blocks])
-    buffers = _Names(manifest.buffers.names, [(old[1], [p[1] for p in new]) for old, new in blocks])
+    tensors, buffers = (
+        _names(names, tuple((old[side], tuple(p[side] for p in new)) for old, new in blocks))
+        for side, names in enumerate((manifest.tensors.names, manifest.buffers.names))
+    )
     pieces = manifest.pieces
     owner, copy = expand(buffers.count[pieces.buffer])
     template = pieces.take(owner)
@@ -207,7 +211,7 @@ class _Names:
         number: Number of each copy among `names`.
     """
 
-    def __init__(self, names: Sequence[str], blocks: Sequence[tuple[str, Sequence[str]]]) -> None:
+    def __init__(self, names: tuple[str, ...], blocks: tuple[Beginnings, ...]) -> None:
         made: list[str] = []
         block: list[int] = []
         for name in names:
@@ -229,3 +233,8 @@ class _Names:
         self.number = np.empty(len(made), np.int64)
         self.number[order] = np.arange(len(made))
         self.template = np.repeat(np.arange(len(names)), self.count)[order]
+
+
+@functools.lru_cache(maxsize=64)  # ranks of one mesh name the same, but for their experts
+def _names(names: tuple[str, ...], blocks: tuple[Beginnings, ...]) -> _Names:
+    return _Names(names, blocks)
