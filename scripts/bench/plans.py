@@ -38,8 +38,8 @@ CASES = {
     "kimi_k2": "model=kimi_k2 trainer=fsdp16_pp2_ep8 rollout=ep32_x4",
     "kimi_k2 direct": "model=kimi_k2 trainer=fsdp16_pp2_ep8 rollout=ep32_x4 rollout.node_dedup=off",
     "deepseek_v3": "model=deepseek_v3 trainer=fsdp16_pp2_ep8 rollout=ep32_x4",
-    "glm_4_5": "model=glm_4_5 trainer=fsdp2 trainer.fsdp=16 trainer.ep=16 "
-    "trainer.dense_replicate=16 rollout=ep32_x4 rollout.tp=4 rollout.dp=8",
+    "glm_4_5": "model=glm_4_5 trainer=fsdp2 trainer.fsdp=8 trainer.ep=32 "
+    "trainer.dense_replicate=32 rollout=ep32_x4 rollout.tp=4 rollout.dp=8",
     "qwen3_235b ep32": "model=qwen3_235b_a22b trainer=fsdp16_ep8 rollout=ep32 "
     "rollout.encoding=fp8_block",
     "qwen3_235b 4 x tp8": "model=qwen3_235b_a22b trainer=fsdp16_ep8 rollout=tp8_x4 rollout.ep=8 "
