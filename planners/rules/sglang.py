@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from weightsync.errors import ConfigError
 from weightsync.ir.dtypes import Dtype
-from weightsync.planners.rules.canonical import (
-    EMBEDDING,
-    LM_HEAD,
-    canonical_dtypes,
-    canonical_tensors,
-)
+from weightsync.planners.rules.canonical import EMBEDDING, LM_HEAD
 from weightsync.planners.rules.config import ConfigLike, model_config
 from weightsync.planners.rules.engine_parts.attention import attention, latent_attention
-from weightsync.planners.rules.engine_parts.encoded import encoded_from, with_values
 from weightsync.planners.rules.engine_parts.experts import mlp
+from weightsync.planners.rules.engine_parts.layout import EngineLayout
 from weightsync.planners.rules.engine_parts.linears import Checkpoint
 from weightsync.planners.rules.engine_parts.vocab import vocab_rows
-from weightsync.planners.rules.layout import (
-    Block,
-    RuleLayout,
-    checked_degree,
-    layer_blocks,
-    named_dtype,
-)
+from weightsync.planners.rules.layout import Block, checked_degree, named_dtype
 from weightsync.planners.rules.parts import Parameter
 from weightsync.planners.rules.quantized import encoded_config
 from weightsync.planners.rules.sglang_parts.checks import (
@@ -43,42 +32,24 @@ _HEAD_AT_END = ("qwen3", "deepseek_v3", "kimi_k2")
 
 
 @dataclass(frozen=True, slots=True)
-class SglangLayout(RuleLayout):
+class SglangLayout(EngineLayout):
     """The ranks of one SGLang server; made by `sglang`.
 
     Args:
         degrees: How the server is cut.
-        vocab_padding: Rows of the embeddings are padded to a multiple of this, or of this times the
-            ranks that share them.
-        quantized: Whether the engine holds the checkpoint that `quantization_config` describes.
         runner: Name of the kernels that run the experts.
         is_shared_fused: Whether the shared expert is in the last slot of the routed ones.
-        encoding: Recipe that sources encode BF16 weights by; None: they hold what the engine does.
     """
 
     degrees: Degrees
-    vocab_padding: int
-    quantized: bool
     runner: str
     is_shared_fused: bool
-    encoding: str | None
-
-    def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Gives the shapes of the canonical tensors; see `RuleLayout.tensors`."""
-        if self.encoding is None:
-            return canonical_tensors(self.config, quantized=self.quantized)
-        return with_values(self.config)
-
-    def encodings(self) -> Mapping[str, tuple[str, str, str]]:
-        """Lists what sources encode; see `RuleLayout.encodings`."""
-        return {} if self.encoding is None else encoded_from(self.config, self.encoding)
 
     def blocks(self, rank: int) -> Iterator[Block]:
         """Lists SGLang's parameters; see `RuleLayout.blocks`."""
         config = self.config
         place = self.degrees.place(config, rank)
-        dtypes = canonical_dtypes(config, quantized=self.quantized)
-        checkpoint = Checkpoint(config, self.tensors(), dtypes, "SGLang")
+        checkpoint = self._checkpoint("SGLang")
         outer: list[Parameter] = []
         if place.is_first:
             outer.append(self._vocab(checkpoint, EMBEDDING, EMBEDDING, place.attention))
@@ -96,12 +67,8 @@ class SglangLayout(RuleLayout):
         def layer(number: int, prefix: str) -> Iterator[Parameter]:
             return self._layer(checkpoint, place, number, prefix)
 
-        names = [f"model.layers.{number}." for number in place.layers]
-        if not self.degrees.expert_map:
-            yield from layer_blocks(config, place.layers, names, layer)
-            return
-        for number, name in zip(place.layers, names, strict=True):  # experts differ
-            yield Block(tuple(layer(number, name)))
+        # Experts that were moved lie elsewhere in each layer.
+        yield from self._layers(place.layers, layer, are_alike=not self.degrees.expert_map)
 
     def _layer(
         self, checkpoint: Checkpoint, place: Place, layer: int, prefix: str
@@ -231,15 +198,12 @@ def sglang(
         model,
         named_dtype(dtype),
         degrees.world_size,
-        degrees,
         vocab_padding,
         is_quantized,
+        encoding,
+        degrees,
         moe_runner_backend,
         fuses_shared_experts(model, degrees, fuse_shared_experts),
-        encoding,
     )
-    if is_quantized:
-        for stage in range(pp):  # scales that no rank can hold; tp ranks are alike
-            for _ in layout.blocks(stage * tp):
-                pass
+    layout.check_scales(range(0, pp * tp, tp))  # ranks of tp are alike
     return layout

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from weightsync.ir.dtypes import Dtype
-from weightsync.planners.rules.canonical import (
-    EMBEDDING,
-    LM_HEAD,
-    canonical_dtypes,
-    canonical_tensors,
-)
+from weightsync.planners.rules.canonical import EMBEDDING, LM_HEAD
 from weightsync.planners.rules.config import ConfigLike, model_config
 from weightsync.planners.rules.engine_parts.attention import attention, latent_attention
-from weightsync.planners.rules.engine_parts.encoded import encoded_from, with_values
 from weightsync.planners.rules.engine_parts.experts import mlp
+from weightsync.planners.rules.engine_parts.layout import EngineLayout
 from weightsync.planners.rules.engine_parts.linears import Checkpoint
 from weightsync.planners.rules.engine_parts.vocab import vocab_rows
-from weightsync.planners.rules.layout import (
-    Block,
-    RuleLayout,
-    checked_degree,
-    layer_blocks,
-    named_dtype,
-)
+from weightsync.planners.rules.layout import Block, checked_degree, named_dtype
 from weightsync.planners.rules.parts import Parameter
 from weightsync.planners.rules.quantized import encoded_config
 from weightsync.planners.rules.vllm_parts.checks import check_model, checked_degrees
@@ -39,44 +28,27 @@ _NOT_STAGED = ("qwen3_moe", "gpt_oss")
 
 
 @dataclass(frozen=True, slots=True)
-class VllmLayout(RuleLayout):
+class VllmLayout(EngineLayout):
     """One replica of a vLLM engine; made by `vllm`.
 
     Args:
         degrees: How the replica is cut.
-        vocab_padding: Rows of the embeddings are padded to a multiple of this.
-        quantized: Whether the engine holds the checkpoint that `quantization_config` describes.
         mxfp4_padding: Multiples that a rank's width of experts and the hidden size are padded to.
-        encoding: Recipe that sources encode BF16 weights by; None: they hold what the engine does.
     """
 
     degrees: Degrees
-    vocab_padding: int
-    quantized: bool
     mxfp4_padding: tuple[int, int]
-    encoding: str | None
 
     @property
     def ep(self) -> int:
         """Ranks that share the experts of a layer whole; 1: every expert is cut over all ranks."""
         return self.degrees.moe_ranks if self.degrees.is_ep else 1
 
-    def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """Gives the shapes of the canonical tensors; see `RuleLayout.tensors`."""
-        if self.encoding is None:
-            return canonical_tensors(self.config, quantized=self.quantized)
-        return with_values(self.config)
-
-    def encodings(self) -> Mapping[str, tuple[str, str, str]]:
-        """Lists what sources encode; see `RuleLayout.encodings`."""
-        return {} if self.encoding is None else encoded_from(self.config, self.encoding)
-
     def blocks(self, rank: int) -> Iterator[Block]:
         """Lists vLLM's parameters; see `RuleLayout.blocks`."""
         config, degrees = self.config, self.degrees
         place = degrees.place(config, rank)
-        dtypes = canonical_dtypes(config, quantized=self.quantized)
-        checkpoint = Checkpoint(config, self.tensors(), dtypes, "vLLM")
+        checkpoint = self._checkpoint("vLLM")
         cut = (self.vocab_padding, degrees.tp, place.tp_rank)
         holds_all = config.model_type in _NOT_STAGED
         outer: list[Parameter] = []
@@ -94,12 +66,8 @@ class VllmLayout(RuleLayout):
         def layer(number: int, prefix: str) -> Iterator[Parameter]:
             return self._layer(checkpoint, place, number, prefix)
 
-        names = [f"model.layers.{number}." for number in place.layers]
-        if not place.moved:
-            yield from layer_blocks(config, place.layers, names, layer)
-            return
-        for number, name in zip(place.layers, names, strict=True):  # experts differ
-            yield Block(tuple(layer(number, name)))
+        # Experts that were moved lie elsewhere in each layer.
+        yield from self._layers(place.layers, layer, are_alike=not place.moved)
 
     def _layer(
         self, checkpoint: Checkpoint, place: Place, layer: int, prefix: str
@@ -202,14 +170,11 @@ def vllm(
         model,
         named_dtype(dtype),
         degrees.world_size,
-        degrees,
         vocab_padding,
         is_quantized,
-        mxfp4_padding,
         encoding,
+        degrees,
+        mxfp4_padding,
     )
-    if is_quantized:
-        for stage in range(pp):  # scales that no rank can hold; tp ranks are alike
-            for _ in layout.blocks(stage * tp):
-                pass
+    layout.check_scales(range(0, pp * tp, tp))  # ranks of tp are alike
     return layout
