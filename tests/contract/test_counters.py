@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 
 import pytest
 
-from support.fabrics import CASES, Case, Link, address_of, no_leaks, random_bytes, rows, settle
+from support.fabrics import Case, Link, address_of, random_bytes, rows, settle
 from weightsync.errors import ConfigError, FencedError, TransferTimeoutError
 from weightsync.transport.base import COUNTER, Pages
 from weightsync.transport.progress import Progress
@@ -17,20 +16,6 @@ WAIT_S = 10.0
 # A slot with chunks, a counter, a slot, a counter.
 SLOTS = [2, COUNTER, 1, COUNTER]
 FIRST, SECOND = 1 << 8, 3 << 8  # immediates of the counters
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
-
-
-@pytest.fixture
-def link(case: Case) -> Iterator[Link]:
-    with no_leaks():
-        made = case.open()
-        yield made
-        made.close()
 
 
 def tell(count: int, immediate: int) -> object:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,13 +16,12 @@ from support.fabrics import (
     Case,
     Link,
     address_of,
-    no_leaks,
+    arrive,
     random_bytes,
     rows,
     settle,
 )
 from weightsync.errors import ConfigError, FencedError, TransferTimeoutError, WeightSyncError
-from weightsync.transport.base import Target
 
 WAIT_S = 10.0
 
@@ -33,26 +31,6 @@ def test_the_fabric_is_part_of_this_run(case: Case) -> None:
     if (problem := case.problem()) is not None:
         pytest.skip(f"{case.name}: {problem}")
     assert case in CASES
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
-
-
-@pytest.fixture
-def link(case: Case) -> Iterator[Link]:
-    with no_leaks():
-        made = case.open()
-        yield made
-        made.close()
-
-
-def arrive(target: Target, slots: list[int]) -> None:
-    """Wait for slots, and make what arrived readable."""
-    target.wait(slots, WAIT_S)
-    target.flush()
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 3, 4095, 4096, 65537, (1 << 20) + 1, (5 << 20) + 3])

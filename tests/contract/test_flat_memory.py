@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from support import scaled
-from support.fabrics import CASES, Link, address_of, no_leaks, random_bytes, rows
+from support.fabrics import CASES, Case, Link, address_of, random_bytes, rows
 from weightsync.transport.native import live_object_count
 from weightsync.units import MIB
 
@@ -22,11 +21,9 @@ LOCAL = [case for case in CASES if case.name.startswith("local")]
 
 
 @pytest.fixture(params=LOCAL, ids=lambda case: case.name)
-def link(request: pytest.FixtureRequest) -> Iterator[Link]:
-    with no_leaks():
-        made = request.param.open()
-        yield made
-        made.close()
+def case(request: pytest.FixtureRequest) -> Case:
+    found: Case = request.param
+    return found
 
 
 def resident_bytes() -> int:

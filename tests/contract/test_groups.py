@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.fabrics import CASES, QUIET_CASES, Link, groups, no_leaks, random_bytes, settle
+from support.fabrics import CASES, QUIET_CASES, Case, Link, groups, no_leaks, random_bytes, settle
 from weightsync.errors import ConfigError, FencedError, TransferTimeoutError, WeightSyncError
 from weightsync.transport.fabrics import open_fabric
 from weightsync.transport.progress import Progress
@@ -21,11 +20,9 @@ WAIT_S = 10.0
 
 
 @pytest.fixture(params=QUIET_CASES, ids=lambda case: case.name)
-def link(request: pytest.FixtureRequest) -> Iterator[Link]:
-    with no_leaks():
-        made = request.param.open()
-        yield made
-        made.close()
+def case(request: pytest.FixtureRequest) -> Case:
+    found: Case = request.param
+    return found
 
 
 def in_threads(*calls: Any) -> None:

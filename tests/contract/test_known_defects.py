@@ -11,7 +11,6 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +22,7 @@ from support.fabrics import (
     Case,
     Link,
     address_of,
+    arrive,
     groups,
     no_leaks,
     random_bytes,
@@ -36,31 +36,12 @@ from weightsync.errors import (
     TransferTimeoutError,
     WeightSyncError,
 )
-from weightsync.transport.base import COUNTER, Pages, Target
+from weightsync.transport.base import COUNTER, Pages
 from weightsync.transport.fabrics import open_fabric
 from weightsync.transport.sim import SimWire
 from weightsync.units import GIB, MIB
 
 WAIT_S = 20.0
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
-
-
-@pytest.fixture
-def link(case: Case) -> Iterator[Link]:
-    with no_leaks():
-        made = case.open()
-        yield made
-        made.close()
-
-
-def arrive(target: Target, slots: list[int]) -> None:
-    target.wait(slots, WAIT_S)
-    target.flush()
 
 
 def test_b1_odd_numbers_of_pages_leave_later_writes_where_they_belong(link: Link) -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.fabrics import CASES, Case, Link, address_of, no_leaks, random_bytes, rows, settle
+from support.fabrics import (
+    Link,
+    address_of,
+    arrive,
+    no_leaks,
+    random_bytes,
+    rows,
+    settle,
+)
 from weightsync.errors import (
     ConfigError,
     FencedError,
@@ -17,30 +24,11 @@ from weightsync.errors import (
     RailError,
     TransferTimeoutError,
 )
-from weightsync.transport.base import Pages, Remote, Target
+from weightsync.transport.base import Pages, Remote
 from weightsync.transport.fabrics import open_fabric
 from weightsync.transport.sim import SimWire
 
 WAIT_S = 10.0
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
-
-
-@pytest.fixture
-def link(case: Case) -> Iterator[Link]:
-    with no_leaks():
-        made = case.open()
-        yield made
-        made.close()
-
-
-def arrive(target: Target, slots: list[int]) -> None:
-    target.wait(slots, WAIT_S)
-    target.flush()
 
 
 def peers_of(link: Link, count: int, nbytes: int, chunks: int) -> tuple[list[Any], list[Remote]]:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
-from support.fabrics import CASES, Link, address_of, no_leaks, random_bytes, rows
+from support.fabrics import Link, address_of, random_bytes, rows
 from weightsync.errors import FencedError, TransferTimeoutError
 from weightsync.transport.progress import Progress
 
 WAIT_S = 10.0
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
-def link(request: pytest.FixtureRequest) -> Iterator[Link]:
-    with no_leaks():
-        made = request.param.open()
-        yield made
-        made.close()
 
 
 def test_operations_and_slots_are_awaited(link: Link) -> None:

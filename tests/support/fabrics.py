@@ -315,6 +315,12 @@ def groups(link: Link, size: int, **options: Any) -> list[Any]:
     return members
 
 
+def arrive(target: Target, slots: list[int], limit_s: float = 20.0) -> None:
+    """Wait for slots, and make what arrived readable."""
+    target.wait(slots, limit_s)
+    target.flush()
+
+
 def settle(is_so: Callable[[], bool], limit_s: float = 10.0) -> None:
     """Wait until the sink has seen what arrived; an operation that is done says nothing of that."""
     end = time.monotonic() + limit_s
