@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from support import scaled
-from support.fabrics import CASES, Case, Link, address_of, random_bytes, rows
+from support.fabrics import CASES, Case, Link, address_of, random_bytes, rows, settle
 from weightsync.transport.native import live_object_count
 from weightsync.units import MIB
 
@@ -60,7 +60,8 @@ def test_memory_is_flat_over_many_small_versions(link: Link) -> None:
         target.wait(slots[parity], WAIT_S)
         assert target.poll() == slots[parity]
     gc.collect()
-    assert live_object_count() == objects
+    settle(lambda: live_object_count() <= objects)  # the last operation's thread lets go of it
+    assert live_object_count() <= objects
     assert resident_bytes() - resident < 2 * MIB
     assert np.array_equal(view, payload)
     assert target.counters()["arrivals"] == NUM_VERSIONS * buckets * chunks
