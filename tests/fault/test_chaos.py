@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from support.chaos.run import ACTIONS, STAGES, Fault, Result, Run, Zygote, every_fault
+
+pytestmark = pytest.mark.filterwarnings("default:run again")  # told of in the summary
 
 IS_LONG = os.environ.get("WEIGHTSYNC_TEST_TIER") == "long"
 ROUNDS = 5 if IS_LONG else 1
@@ -37,7 +40,9 @@ def _run_all(zygote: Zygote, work: list[tuple[Fault, int]], bug: str = "") -> li
         is_over = [bool(bug or r.violations or not r.stalled) for r in results]
         found += [r for r, over in zip(results, is_over, strict=True) if over]
         for result in [r for r, over in zip(results, is_over, strict=True) if not over]:
-            sys.__stdout__.write(f"\nrun again: {result.fault.name}: {result.stalled}\n")
+            sys.__stdout__.write(f"\n{result.stalled}\n")
+            why = result.stalled.partition("\n")[0]
+            warnings.warn(f"run again: {result.fault.name}: {why}", stacklevel=1)
         work = [w for w, over in zip(work, is_over, strict=True) if not over]
         if not work:
             return found

@@ -219,8 +219,8 @@ class Run:
                     lambda v=version: self._all_adopted(v) or self._silent(v),
                     f"version {version} is adopted",
                 )
-                if self._silent(version):
-                    self._note_stall(version)
+                if why := self._silent(version):
+                    self._note_stall(why)
                     raise _GiveUpError
         self._until(
             lambda: self._is_hit(victim) or self._is_over(fault_version), "the fault is hit"
@@ -239,8 +239,10 @@ class Run:
             self._start(victim, restarted=True)
         self._until(lambda: self._is_over(fault_version), f"version {fault_version} is over")
         self.result.why = self._why(fault_version)
-        if self.fault.role in LABELS and self._silent(fault_version):
-            self._note_stall(fault_version)
+        # Members may well be silent to a coordinator that was struck.
+        struck = LABELS.get(self.fault.role)
+        if struck and (why := self._silent(fault_version, struck=struck)):
+            self._note_stall(why)
         # No record means abort: that is what everybody is told.
         self.result.decision = self._decision(fault_version) or "abort"
         if self.result.was_hit and self.fault.role == "source" and self.fault.action == "stop":
@@ -314,18 +316,17 @@ class Run:
         lines = world.notes(self.folder, "source-0")
         return next((str(line["why"]) for line in lines if line.get("version") == version), "")
 
-    def _silent(self, version: int) -> str:
-        """Why a version was given up, if a member that nobody struck was silent for a lease."""
+    def _silent(self, version: int, *, struck: str = "") -> str:
+        """Why a version was given up, if that is for the silence of a member but the one struck."""
         for rank in range(world.NUM_SOURCES):
             for line in world.notes(self.folder, f"source-{rank}"):
                 why = str(line.get("why", ""))
-                struck = version == FAULT_VERSION and LABELS.get(self.fault.role, "") in why
-                if line.get("version") == version and "silent for" in why and not struck:
-                    return why
+                if line.get("version") == version and "silent for" in why:
+                    return "" if struck and struck in why else why
         return ""
 
-    def _note_stall(self, version: int) -> None:
-        self.result.stalled = "\n".join([self._silent(version), *self._stalls()])
+    def _note_stall(self, why: str) -> None:
+        self.result.stalled = "\n".join([why, *self._stalls()])
 
     def _is_over(self, version: int) -> bool:
         """Every living source has heard the outcome of a version."""
