@@ -228,6 +228,7 @@ class Update:
             StaleVersionError: The number is not newer than the last one.
             LayoutError, PlanError: The two sides do not fit; nothing was written.
             TransferTimeoutError: `timeout_s` or the version's deadline passed.
+            AuthError: The coordinator came back, but this rank's token is of no use there.
         """
         self._source._member.wait(self._opened, until, timeout_s)
         return self._source._member.report(self._opened)
@@ -510,6 +511,7 @@ class Sink:
                 adopted by another `refit`, repairs it.
             TransferTimeoutError: Nothing was committed, or a rank of the replica did not come.
             LayoutError, PlanError: The two sides do not fit.
+            AuthError: As for `Update.wait`.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         return self._member.refit(version, timeout_s)

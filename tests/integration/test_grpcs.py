@@ -226,19 +226,27 @@ def test_a_port_is_served_once(job: Job, folder: Path) -> None:
 
 
 def test_a_member_whose_token_went_out_of_use_is_told(tmp_path: Path) -> None:
+    """Whoever waits when the coordinator comes back, and whoever asks after that."""
     folder = make_certs(tmp_path / "job").folder
     first = Job.start(ANYWHERE, token_file=folder / "token")
-    with join_source(first) as source:
+    with ExitStack() as stack:
+        pair = Pair(stack, first)
+        source, sink = pair.source, pair.sinks[0]
         first.close()
+        waits = [pair.pool.submit(source.publish), pair.pool.submit(sink.refit)]
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (source._member._open and sink._member._refitting):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         new = make_certs(tmp_path / "new").folder
         (folder / "token").write_bytes((new / "token").read_bytes())
         with Job.start(first.url, token_file=folder / "token"):
-            deadline = time.monotonic() + TIMEOUT_S
-            while not isinstance(source._member.lost, errors.AuthError):
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            with pytest.raises(errors.AuthError, match="older than the last"):
-                source.publish()
+            for wait in waits:
+                with pytest.raises(errors.AuthError, match="older than the last"):
+                    wait.result(TIMEOUT_S / 2)
+            for ask in (source.publish, sink.refit):
+                with pytest.raises(errors.AuthError, match="older than the last"):
+                    ask()
 
 
 # ---- the doctor ----

@@ -85,6 +85,7 @@ class Member:
         self.generation = secrets.randbits(63)
         self.changed = threading.Condition()
         self.lost: WeightSyncError | None = None  # why there is no session now
+        self.refused: WeightSyncError | None = None  # why there never will be one again
         self.closing = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="weightsync-worker", daemon=True)
@@ -142,6 +143,9 @@ class Member:
 
     def rejoined(self) -> None:
         """There is a session again. Rejoin thread."""
+
+    def given_up(self, why: WeightSyncError) -> None:
+        """There will be no session again, `refused` says so by now. Rejoin thread."""
 
     def prepare_rejoin(self, why: WeightSyncError) -> None:
         """Bring the member to rest before it says Hello again. Rejoin thread; may block."""
@@ -213,9 +217,10 @@ class Member:
             except WeightSyncError as error:
                 # Refused: nobody but the user can mend this.
                 with self.changed:
-                    self.lost = error
+                    self.lost = self.refused = error
                     self.changed.notify_all()
                 _log.error("cannot join %s again: %s", self.url, error)
+                self.given_up(error)
                 return
             with self.changed:
                 self.session = session

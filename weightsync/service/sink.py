@@ -270,6 +270,8 @@ class SinkMember(Member):
 
     def _wait(self, deadline: float, what: str) -> None:
         """Wait for a change; call with `changed` held."""
+        if self.refused is not None:
+            raise self.refused
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             why = f"; {self.lost}" if self.lost is not None else ""

@@ -147,8 +147,8 @@ class SourceMember(Member):
                     "wait for it before the next publish",
                     rank=self.rank,
                 )
-            if self.lost is not None and not self._is_retrying():
-                raise self.lost
+            if self.refused is not None:
+                raise self.refused
             opened = OpenVersion(version, tag, time.monotonic() + timeout_s)
             self._open = opened
             self._taken = self._fingerprint()
@@ -476,5 +476,12 @@ class SourceMember(Member):
         """See `Member`."""
         self.drain(_GRACE_S)
 
-    def _is_retrying(self) -> bool:
-        return self._rejoiner is not None and self._rejoiner.is_alive()
+    def given_up(self, why: WeightSyncError) -> None:
+        """See `Member`: whoever waits is told now; the decision, if any, never gets here."""
+        opened = self._open
+        if opened is None or opened.is_decided:
+            return
+        if self.drain(_GRACE_S):  # else `wait` ends at its deadline: something reads the weights
+            with self.changed:
+                opened.error = why
+                self.changed.notify_all()
