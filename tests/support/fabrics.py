@@ -315,9 +315,9 @@ def groups(link: Link, size: int, **options: Any) -> list[Any]:
     return members
 
 
-def arrive(target: Target, slots: list[int], limit_s: float = 20.0) -> None:
+def arrive(target: Target, slots: list[int]) -> None:
     """Wait for slots, and make what arrived readable."""
-    target.wait(slots, limit_s)
+    target.wait(slots, 20.0)
     target.flush()
 
 
