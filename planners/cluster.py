@@ -183,7 +183,8 @@ class Cluster:
 
 def _check_keys(values: Any, wanted: set[str], where: str, inside: str) -> None:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: {inside or 'a cluster'} must be a mapping, not {values!r}")
+        form = "{nominal: RATE, attainable: RATE}" if inside else "a mapping"
+        raise ConfigError(f"{where}: {inside or 'a cluster'} must be {form}, not {values!r}")
     found = {str(key) for key in values}
     prefix = f"{inside}." if inside else ""
     for problem, keys in (("missing", wanted - found), ("unknown", found - wanted)):

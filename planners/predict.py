@@ -50,6 +50,7 @@ class Prediction:
 
     Attributes:
         predicted_s: Until every source knows that the version is committed.
+        open_s: The part of it before the first write.
         commit_s: The part of it after the last byte was verified.
         pause_s: How long a sink generates nothing: the copy of staged weights over the live ones
             and the round trips around it; in place the whole transfer.
@@ -72,6 +73,7 @@ class Prediction:
     """
 
     predicted_s: float
+    open_s: float
     commit_s: float
     pause_s: float
     wire_s: float
@@ -89,6 +91,11 @@ class Prediction:
     sink_utilisation: Floats
     rails_per_port: int
     num_gateways: int
+
+    @property
+    def nic_bytes(self) -> int:
+        """Bytes that cross a NIC: all but what sinks pass on inside a node."""
+        return int(self.source_port_bytes.sum() + self.relay_port_bytes.sum())
 
     def busy_s(self, stage: str) -> Floats:
         """Return the seconds that each sender, or sink, spent in a stage; flows overlap.
@@ -220,6 +227,7 @@ def predict(
     capacity = max(rates.egress * wire_s, 1e-300)
     return Prediction(
         predicted_s=predicted_s,
+        open_s=begin_s,
         commit_s=predicted_s - verify_end,
         pause_s=pause_s(plan, cluster, quality) if mode == "staged" else predicted_s,
         wire_s=wire_s,

@@ -18,7 +18,18 @@ from weightsync.ir.tables import IntArray, sum_by
 from weightsync.planners.cluster import Cluster, Quality
 from weightsync.units import GB
 
-__all__ = ["armed_s", "decided_s", "gateways_for", "in_turn", "pause_s", "through_gateways"]
+__all__ = [
+    "MAX_GATEWAYS",
+    "armed_s",
+    "decided_s",
+    "gateways_for",
+    "in_turn",
+    "pause_s",
+    "through_gateways",
+]
+
+MAX_GATEWAYS: Final = 64
+"""Of a job."""
 
 Floats = NDArray[np.float64]
 
@@ -30,7 +41,9 @@ _MEMBERS_A_GATEWAY: Final = 48
 
 def gateways_for(num_members: int) -> int:
     """Return how many gateways a job of so many ranks does well to have; 0 for a small one."""
-    return 0 if num_members < _FEW_MEMBERS else -(-num_members // _MEMBERS_A_GATEWAY)
+    if num_members < _FEW_MEMBERS:
+        return 0
+    return min(-(-num_members // _MEMBERS_A_GATEWAY), MAX_GATEWAYS)
 
 
 def through_gateways(cluster: Cluster, num_gateways: int) -> Cluster:

@@ -22,6 +22,7 @@ import numpy as np
 from weightsync.errors import ConfigError, PlanBudgetError
 from weightsync.ir.layout import Layout, SourceLayout
 from weightsync.ir.plan import HopRule, PlanOptions
+from weightsync.planners.protocol import MAX_GATEWAYS
 from weightsync.report import Stage, VersionReport
 from weightsync.runtime.receiver import Receiver
 from weightsync.service.address import TcpAddress, parse_url
@@ -52,7 +53,6 @@ __all__ = [
 
 # A page: packed writes of less cost more in requests than in bytes.
 _MIN_STAGING_BYTES = 4096
-_MAX_GATEWAYS = 64
 
 
 class Job:
@@ -122,8 +122,8 @@ class Job:
         """
         if min_replicas < 1:
             raise ConfigError(f"min_replicas={min_replicas}: at least 1")
-        if not 0 <= gateways <= _MAX_GATEWAYS:
-            raise ConfigError(f"gateways={gateways}: 0 to {_MAX_GATEWAYS}")
+        if not 0 <= gateways <= MAX_GATEWAYS:
+            raise ConfigError(f"gateways={gateways}: 0 to {MAX_GATEWAYS}")
         options = CoreOptions(min_replicas=min_replicas, lease_s=lease_s)
         path = Path(journal) if journal is not None else None
         plans = PlanOptions(ranks_per_node=ranks_per_node, node_dedup=node_dedup, relays=relays)

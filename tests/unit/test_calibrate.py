@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from support.clusters import cluster
-from weightsync.calibrate.command import CalibrateOptions
+from weightsync.calibrate.command import CalibrateOptions, run_calibrate
 from weightsync.calibrate.constants import Calibration, solve
 from weightsync.calibrate.rates import copy_rate, digest_rate, journal_s, pack_rate
 from weightsync.calibrate.stored import store
@@ -70,8 +71,23 @@ def test_a_decision_takes_time(tmp_path: Path) -> None:
         ({"sources": 0}, "sources=0"),
         ({"addresses": ("somewhere",)}, "somewhere"),
         ({"nic_gbit_per_s": 0.0}, "above 0"),
+        ({"nic_gbit_per_s": float("inf")}, "above 0, and a number"),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CalibrateOptions(**changes)  # type: ignore[arg-type]
+
+
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_measured(tmp_path: Path) -> None:
+    options = CalibrateOptions(out=tmp_path)
+    with pytest.raises(ConfigError, match=r"--out .* is a folder; name a file such as cluster/"):
+        run_calibrate(options, Console())
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path) -> None:
+    target = tmp_path / "cluster.yaml"
+    (target / "inside").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"cluster\.yaml cannot be written"):
+        store(_calibration(), target)
+    assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]

@@ -19,6 +19,7 @@ from support.clusters import PRESETS, SMALL_MOE, cluster, preset_values
 from support.oracle import memory_of
 from support.plan_rows import COLUMNS, carry_out, metadata_of
 from weightsync.dryrun import PlanReport
+from weightsync.dryrun.advice import advice
 from weightsync.errors import ConfigError, LayoutError
 from weightsync.ir import Arena, Manifest, PlanOptions
 from weightsync.planners import rules
@@ -152,6 +153,31 @@ def test_tables_fit_a_terminal_and_mark_predictions(width: int) -> None:
     tables = [line for line in lines if not line.startswith(("- ", "trainer", "rollout", "plan"))]
     assert max(len(line) for line in tables) <= width
     assert any("Prediction of a model, not a measurement" in line for line in lines)
+
+
+def limited_by(found: PlanReport, name: str) -> PlanReport:
+    """The report as if one limit counted and nothing else."""
+    others = dict.fromkeys(found.limits.by_name(), 0.0)
+    limits = dataclasses.replace(found.limits, **others | {f"{name}_s": 1.0})
+    assert limits.limiting == name
+    return dataclasses.replace(found, fixed_s=0.0, limits=limits)
+
+
+@pytest.mark.parametrize(("rule", "times"), [("auto", 0), ("off", 1)])
+def test_node_dedup_is_advised_where_the_plan_could_not_choose_it(rule: Any, times: int) -> None:
+    found = limited_by(report(node_dedup=rule), "receiver")
+    assert sum("rollout.node_dedup=auto" in line for line in advice(found)) == times
+
+
+@pytest.mark.parametrize(
+    ("trainer", "named"),
+    [({"kind": "fsdp2", "replicate": 1}, "(trainer.replicate)"),
+     ({"kind": "megatron", "dp": 2}, "(trainer.dp)"), ({"kind": "zero3", "dp": 2}, "")],
+)  # fmt: skip
+def test_advice_names_keys_that_the_trainer_has(trainer: dict[str, Any], named: str) -> None:
+    found = dataclasses.replace(limited_by(report(), "sender"), trainer=trainer | {"offloaded": 0})
+    text = " ".join(advice(found))
+    assert f"more ranks that hold the same {named} or more".replace("  ", " ") in text
 
 
 def test_in_place_pauses_for_the_whole_update() -> None:

@@ -107,6 +107,7 @@ def test_people_get_tables_with_units_and_what_to_change(tiny: str) -> None:
     for text in ("not a measurement", "> receiver", "Memory of one rank", "plan digest", "MiB"):
         assert text in done.stdout
     assert "not bandwidth" in done.stdout  # so small a model is all overhead
+    assert "NICs at the rollouts" not in done.stdout  # hence these do little
     with pytest.raises(ValueError, match="Expecting value"):
         json.loads(done.stdout)
 
@@ -193,7 +194,13 @@ BASE = ("model=qwen3_0_6b", "trainer=fsdp8", "rollout=vllm")
         ((*BASE, "rollout.encoding=fp8_block", "transport.staging_bytes=64"),
          ("transport.staging_bytes",)),
         ((*BASE, "transport.slot_bytes=???"), ("transport.slot_bytes",)),
-        ((*BASE, "model.config=/nowhere.json"), ("/nowhere.json",)),
+        ((*BASE, "model.config=/nowhere.json"), ("/nowhere.json", "change model.config")),
+        ((*BASE, "model.config=3"), ("model.config=3", "path")),
+        ((*BASE, "transport.gateways=1000"), ("0 to 64", "change transport.gateways")),
+        ((*BASE, "rollout.replicas=100000"), ("100,000 rollout ranks", "rollout.replicas")),
+        ((*BASE, "trainer.fsdp=100000000"), ("100,000,000 trainer ranks", "degrees")),
+        ((*BASE, "trainer.fsdp=[1"), ("trainer.fsdp=[1", "close brackets")),
+        ((*BASE, "cluster.nic_gbit_per_s=-5"), ("{nominal: RATE, attainable: RATE}", "-5")),
         ((*BASE, "trainer.fsdp=1,2"), ("Ambiguous",)),
         ((*BASE, "trainer=3"), ("name of an option", "trainer=3")),
         ((*BASE, "fast"), ("GROUP=OPTION",)),
@@ -241,6 +248,8 @@ def test_options_of_the_user_are_found_first(tiny: str, tmp_path: Path) -> None:
     assert "no folder" in refused(*BASE, "--config-dir", str(tmp_path / "gone"))
     (tmp_path / "empty").mkdir()
     assert "none of the folders" in refused(*BASE, "--config-dir", str(tmp_path / "empty"))
+    (ours / "trainer" / "bad.yaml").write_text("fsdp: [1")
+    assert "bad.yaml" in refused("trainer=bad", *arguments[2:-1])
     assert not GlobalHydra.instance().is_initialized()
 
 

@@ -207,8 +207,14 @@ def test_a_trace_has_each_bucket_in_each_stage(report: PlanReport, tmp_path: Pat
     for times in tracks.values():
         times.sort()
         assert all(a[1] <= b[0] + 0.002 for a, b in itertools.pairwise(times))
+    whole = [event for event in spans if event["cat"] == "update"]
+    assert [event["name"] for event in whole] == ["open", "transfer", "votes and decision"]
+    assert whole[0]["ts"] == 0
+    assert {event["args"]["ranks_shown"] for event in whole} == {"7 of 7"}
     last = max(event["ts"] + event["dur"] for event in spans)
-    assert last <= 1e6 * report.prediction.predicted_s
+    assert last == pytest.approx(1e6 * report.prediction.predicted_s, abs=0.002)
+    first = min(event["ts"] for event in spans if event["cat"] != "update")
+    assert first >= whole[0]["dur"]
 
 
 def test_a_trace_of_a_large_plan_keeps_whole_ranks(
@@ -218,9 +224,12 @@ def test_a_trace_of_a_large_plan_keeps_whole_ranks(
     report.write_trace(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    names.remove("update (predicted)")
     kept = {name.partition(" ")[0] for name in names}
     assert kept == {"source", "sink"}
     assert len(names) < 7
+    shown = {e["args"].get("ranks_shown") for e in events if e.get("cat") == "update"}
+    assert shown == {f"{len(names)} of 7"}
     for name in names:
         label = name.removesuffix(" (predicted)")
         pid = next(e["pid"] for e in events if e["args"].get("name") == name)
@@ -246,10 +255,14 @@ def test_the_command_writes_page_and_trace(tmp_path: Path) -> None:
     for path in files.values():
         assert path.stat().st_size > 1000
         assert str(path) in done.stderr.replace("\n", "")
-    gone = str(tmp_path / "gone" / "x.html")
-    done = CliRunner().invoke(app, [*arguments[:-4], "--report", gone])
+    gone = str(tmp_path / "gone" / "x")
+    for flag in ("--out", "--report", "--trace"):
+        done = CliRunner().invoke(app, [*arguments[:5], flag, gone])
+        assert done.exit_code == 2
+        assert f"{flag} {gone} lies in a folder that does not" in json.loads(done.stdout)["message"]
+    done = CliRunner().invoke(app, [*arguments[:-1], str(files["x.html"])])
     assert done.exit_code == 2
-    assert "does not exist" in json.loads(done.stdout)["message"]
+    assert "the same file" in json.loads(done.stdout)["message"]
 
 
 def test_a_page_needs_jinja2(
@@ -260,20 +273,41 @@ def test_a_page_needs_jinja2(
         report.write_page(tmp_path / "x.html")
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt install chromium")
-def test_a_browser_draws_every_picture(report: PlanReport, tmp_path: Path) -> None:
-    path = tmp_path / "plan.html"
-    report.write_page(path)
+needs_browser = pytest.mark.skipif(
+    shutil.which("chromium") is None, reason="no chromium: apt install chromium"
+)
+
+
+def dom_of(path: Path, profile: Path, width: int = 1200) -> str:
+    """What a page is after its scripts ran."""
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    options = [f"--user-data-dir={profile}", f"--window-size={width},900", "--dump-dom"]
     done = subprocess.run(
-        [*command, profile, "--virtual-time-budget=5000", "--dump-dom", path.as_uri()],
+        [*command, *options, "--virtual-time-budget=5000", path.as_uri()],
         capture_output=True,
         text=True,
         timeout=50,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    drawn = re.findall(r'<canvas [^>]*width="(\d+)" height="(\d+)" data-drawn="yes"', done.stdout)
+    return done.stdout
+
+
+@needs_browser
+def test_a_browser_draws_every_picture(report: PlanReport, tmp_path: Path) -> None:
+    path = tmp_path / "plan.html"
+    report.write_page(path)
+    found = dom_of(path, tmp_path / "profile")
+    drawn = re.findall(r'<canvas [^>]*width="(\d+)" height="(\d+)" data-drawn="yes"', found)
     wanted = [(str(h["width"]), str(h["height"])) for h in heats(path.read_text()).values()]
     assert sorted(drawn) == sorted(wanted)
+
+
+@needs_browser
+def test_a_narrow_window_shows_all(report: PlanReport, tmp_path: Path) -> None:
+    path = tmp_path / "plan.html"
+    ask = "<script>document.title = document.documentElement.scrollWidth</script>"
+    path.write_text(render_page(report).replace("</body>", ask + "</body>"))
+    found = re.search(r"<title>(\d+)</title>", dom_of(path, tmp_path / "profile", 500))
+    assert found is not None
+    assert int(found[1]) <= 500

@@ -78,7 +78,7 @@ def test_addresses_are_all_different() -> None:
 
 @pytest.mark.parametrize(("hosts", "rails"), [(0, 1), (251, 1), (4, 0), (4, 9)])
 def test_sizes_that_cannot_be_are_refused(hosts: int, rails: int) -> None:
-    with pytest.raises(ConfigError, match="at most 250 and 8"):
+    with pytest.raises(ConfigError, match="1 to 250 hosts, 1 to 8 rails"):
         Network(hosts, rails, Shape())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ from weightsync.calibrate.stored import store
 from weightsync.demo.workspace import Interrupts, workspace
 from weightsync.errors import ConfigError
 from weightsync.fleet.fleet import Fleet, Host
+from weightsync.outputs import check_output
 from weightsync.planners.cluster import Cluster, Rate
 from weightsync.units import MIB
 
@@ -68,8 +70,8 @@ class CalibrateOptions:
                 ipaddress.ip_address(address)
             except ValueError as error:
                 raise ConfigError(f"address {address!r}: {error}") from error
-        if self.nic_gbit_per_s is not None and not self.nic_gbit_per_s > 0:
-            raise ConfigError(f"nic_gbit_per_s={self.nic_gbit_per_s}: above 0")
+        if self.nic_gbit_per_s is not None and not 0 < self.nic_gbit_per_s < math.inf:
+            raise ConfigError(f"nic_gbit_per_s={self.nic_gbit_per_s}: above 0, and a number")
 
     @property
     def path(self) -> Path:
@@ -87,8 +89,11 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
         The keys of `weightsync.calibrate/1`, without "schema".
 
     Raises:
+        ConfigError: The file cannot be written.
         WeightSyncError: A process failed; nothing is stored.
     """
+    if options.out is not None:
+        check_output("--out", options.out, f"cluster/{options.name}.yaml")
     began = load()
     addresses = options.addresses or ("127.0.0.1",)
     nominal, source = _nominal(options)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 from weightsync.calibrate.constants import Calibration
+from weightsync.errors import ConfigError
 from weightsync.planners.cluster import Cluster, Rate
 
 __all__ = ["store", "to_yaml"]
 
 
 def store(calibration: Calibration, path: Path) -> None:
-    """Write a calibration as a cluster of `weightsync plan`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(to_yaml(calibration), encoding="ascii")
-    partial.replace(path)
+    """Write a calibration as a cluster of `weightsync plan`, making its folder if need be.
+
+    Raises:
+        ConfigError: The file cannot be written; nothing is left of it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(to_yaml(calibration), encoding="ascii")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}", path=path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def to_yaml(calibration: Calibration) -> str:

@@ -14,14 +14,14 @@ __all__ = ["LIMITS", "advice"]
 
 LIMITS: Final[dict[str, str]] = {
     "receiver": "the busiest sink's NICs take in all that it needs",
-    "receiver_dedup": "the same if what GPUs of a node share came in once",
+    "receiver_dedup": "the busiest node's NICs take in what its sinks need, once for all of them",
     "unique": "what all GPUs of a replica need, counted once, over all their NICs",
     "source": "every byte leaves some holder once",
     "sender": "holders send every copy that the plan sends",
     "cut": "the narrowest network between trainers and rollouts",
     "h2d": "PCIe of one trainer GPU",
     "host_memory": "the memory of one host",
-    "nvlink": "inside a node of sinks, if bytes came in once",
+    "nvlink": "links inside a node of sinks pass on what came in once",
     "encode": "packing, casting and quantizing on one source",
     "digest": "digests on one rank",
     "message": "writes of one source, each at its fixed cost",
@@ -43,21 +43,29 @@ def _is_fixed(report: PlanReport) -> bool:
 
 def _fixed(report: PlanReport) -> Iterator[str]:
     if report.fixed_s is not None and _is_fixed(report):
+        prediction = report.prediction
+        messages_s = prediction.open_s + prediction.commit_s
         yield (
-            f"Per-write, per-bucket and per-message overhead, not bandwidth, takes "
-            f"{format_seconds(report.fixed_s)} of the predicted "
-            f"{format_seconds(report.prediction.predicted_s)}. Fewer ranks, or larger "
-            "transport.chunk_bytes, help; faster NICs hardly do."
+            "Per-write, per-bucket and per-message overhead, not bandwidth, limits this update: if "
+            f"its bytes cost nothing, it would take {format_seconds(report.fixed_s)}, not "
+            f"{format_seconds(prediction.predicted_s)}. {format_seconds(messages_s)} of that are "
+            f"messages between the coordinator and {_num_ranks(report):,} ranks and its journal, "
+            "before the first write and after the last; fewer ranks need fewer, but each of them "
+            "moves more bytes. Compare degrees by dry runs."
         )
 
 
 def _limiting(report: PlanReport) -> Iterator[str]:
     limits, name = report.limits, report.limits.limiting
     seconds = format_seconds(limits.physical_limit_s)
+    is_fixed = _is_fixed(report)
+    ways = "" if is_fixed and name != "message" else " " + _WAYS_OUT[name](report)
     yield (
         f"The physical limit is that of {name}: {LIMITS[name]}, in {seconds} at the rates of data "
-        f"sheets. {_WAYS_OUT[name](report)}"
+        f"sheets.{ways}"
     )
+    if is_fixed:
+        return
     counted = {key.removesuffix("_s"): value for key, value in limits.counted().items()}
     del counted[name]
     following = max(counted, key=lambda key: counted[key])
@@ -67,11 +75,13 @@ def _limiting(report: PlanReport) -> Iterator[str]:
             f"{LIMITS[following]}. Change both."
         )
     dedup = limits.receiver_dedup_s
-    if name == "receiver" and limits.receiver_s > dedup * _MANY:
+    # Where the plan was free to, it has worked out that nothing is gained.
+    is_told_not_to = report.plan.options.node_dedup == "off"
+    if name == "receiver" and limits.receiver_s > dedup * _MANY and is_told_not_to:
         yield (
             "GPUs of one node need much in common. Sent once to each node and passed on inside it, "
-            f"NICs would need {format_seconds(dedup)}: rollout.node_dedup=on. This plan sends it "
-            "to each GPU."
+            f"NICs would need {format_seconds(dedup)}: rollout.node_dedup=auto does so where that "
+            "is faster. This plan sends it to each GPU."
         )
 
 
@@ -85,14 +95,17 @@ def _waiting(report: PlanReport) -> Iterator[str]:
             "larger transport.staging_bytes lets more of them run at once."
         )
     if prediction.commit_s > prediction.predicted_s * (_MANY - 1):
-        ranks = len(report.plan.source.ranks) + len(report.plan.sink.ranks)
         yield (
             f"The decision takes {format_seconds(prediction.commit_s)} of it: the coordinator "
-            f"hears and tells {ranks:,} ranks several times, at "
+            f"hears and tells {_num_ranks(report):,} ranks several times, at "
             f"{format_seconds(report.cluster.control_message_s)} a message "
             "(cluster.control_message_s) and "
             f"{format_seconds(report.cluster.control_round_trip_s)} a round trip."
         )
+
+
+def _num_ranks(report: PlanReport) -> int:
+    return len(report.plan.source.ranks) + len(report.plan.sink.ranks)
 
 
 def _gateways(report: PlanReport) -> Iterator[str]:
@@ -129,25 +142,31 @@ def _memory(report: PlanReport) -> Iterator[str]:
 def _fewer_bytes(report: PlanReport) -> str:
     if report.rollout.get("encoding") is not None or report.rollout.get("quantized"):
         return ""
-    return " rollout.encoding=fp8_block halves most bytes."
+    return " rollout.encoding (fp8_block; mxfp4 for gpt-oss) sends far fewer bytes."
+
+
+def _copies(report: PlanReport) -> str:
+    """Name the trainer's degree of copies, if it has one."""
+    keys = () if report.trainer["kind"] == "zero3" else ("replicate", "dp")  # its dp cuts
+    return next((f" (trainer.{key})" for key in keys if key in report.trainer), "")
 
 
 def _receiver(report: PlanReport) -> str:
     return (
-        "Faster or more NICs at the rollouts, or replicas of more ranks (rollout.ep, rollout.tp), "
-        "so that each needs less; more trainers do not help." + _fewer_bytes(report)
+        "Faster or more NICs at the rollouts, or replicas of more ranks (rollout.tp, for experts "
+        "rollout.ep), so that each needs less; more trainers do not help." + _fewer_bytes(report)
     )
 
 
 def _source(report: PlanReport) -> str:
     return (
-        "Some tensors are held by too few ranks: let more hold them (trainer.replicate), or cut "
-        "them over more ranks." + _fewer_bytes(report)
+        f"Some tensors are held by too few ranks: let more hold them{_copies(report)}, or cut them "
+        "over more ranks." + _fewer_bytes(report)
     )
 
 
 def _sender(report: PlanReport) -> str:
-    ways = "more ranks that hold the same (trainer.replicate, trainer.dp) or more trainer NICs"
+    ways = f"more ranks that hold the same{_copies(report)} or more trainer NICs"
     if report.rollout["replicas"] > 1:
         ways += ", fewer replicas at a time, or relays between them (rollout.relays=on)"
     return f"The sinks together need more than its holders can send sooner: {ways}." + _fewer_bytes(
@@ -189,7 +208,7 @@ def _digest(report: PlanReport) -> str:
 def _message(report: PlanReport) -> str:
     return (
         "Writes are so small that per-write overhead, not bandwidth, limits: fewer or larger "
-        "shards (trainer.fsdp, rollout.tp), or cluster.posting_threads."
+        "shards (lower degrees), or cluster.posting_threads."
     )
 
 

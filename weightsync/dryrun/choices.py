@@ -16,9 +16,10 @@ from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from weightsync.errors import ConfigError
 
@@ -129,6 +130,14 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
             )
     try:
         return _composed(overrides)
+    except OverrideParseException as error:
+        raise ConfigError(
+            f"{error.override} cannot be read as GROUP.KEY=VALUE: {_first_line(error)}; close "
+            "brackets and quotes"
+        ) from error
+    except YAMLError as error:  # OmegaConf lets these through
+        found = " ".join(str(error).split())
+        raise ConfigError(f"a file of --config-dir is no YAML: {found}") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(str(error), overrides)) from error
 

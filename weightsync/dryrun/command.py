@@ -25,6 +25,7 @@ from weightsync.errors import (
     WeightSyncError,
 )
 from weightsync.ir import PlanOptions
+from weightsync.outputs import check_output
 from weightsync.planners.cluster import Cluster
 from weightsync.planners.rules import ModelConfig
 from weightsync.units import parse_bytes
@@ -69,6 +70,11 @@ def run_plan(command: PlanCommand, console: Console) -> dict[str, Any]:
         rows.check_target(command.out)
     if command.page is not None:
         page.check_page_target(command.page)
+    if command.trace is not None:
+        check_output("--trace", command.trace, "plan.json")
+    targets = [path.resolve() for path in (command.out, command.page, command.trace) if path]
+    if len(set(targets)) < len(targets):
+        raise ConfigError("--out, --report and --trace name the same file; give each its own")
     dry_run = read_choices(choose(command.overrides, command.config_dir))
     stderr = Console(stderr=True)
     with stderr.status("planning") as status, _overrides_named(), uncollected():
@@ -109,7 +115,7 @@ def read_choices(groups: Mapping[str, Values]) -> DryRun:
     """
     chosen = groups["model"]
     if chosen["config"] is not None:
-        config, name = read_model(Path(chosen["config"]))
+        config, name = _read_config(chosen["config"])
     else:
         config = preset("model", Path(chosen["preset"]).stem, ModelConfig.from_json, ".json")
         name = str(chosen["name"])
@@ -139,7 +145,7 @@ def read_choices(groups: Mapping[str, Values]) -> DryRun:
             mode=rollout.get("mode", "staged"),
             is_offloaded=trainer.get("offloaded", False),
             staging_bytes=None if staging is None else _option("staging_bytes", staging),
-            gateways=None if gateways is None else _option("gateways", gateways),
+            gateways=gateways,
             trainer_keys=trainer,
             rollout_keys=rollout,
         )
@@ -148,6 +154,15 @@ def read_choices(groups: Mapping[str, Values]) -> DryRun:
             raise
         group = {"offloaded": "trainer", "gateways": "transport"}.get(error.key, "rollout")
         raise ConfigError(f"{error}; change {group}.{error.key}", **error.context) from error
+
+
+def _read_config(path: Any) -> tuple[ModelConfig, str]:
+    if not isinstance(path, str):
+        raise ConfigError(f"model.config={path!r}: it is the path of a config.json, or its folder")
+    try:
+        return read_model(Path(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; change model.config", **error.context) from error
 
 
 def _rule(key: str, value: Any) -> Any:

@@ -16,6 +16,7 @@ from weightsync.dryrun.tables import side_text
 from weightsync.dryrun.timeline import panels
 from weightsync.errors import ConfigError
 from weightsync.ir.tables import IntArray
+from weightsync.outputs import check_output
 from weightsync.units import format_bandwidth, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -32,15 +33,13 @@ def check_page_target(path: Path) -> None:
     """Check that a page can be written there, before anything is planned.
 
     Raises:
-        ConfigError: Jinja2 is not installed, or there is no such folder.
+        ConfigError: Jinja2 is not installed, or as `check_output`.
     """
     if importlib.util.find_spec("jinja2") is None:
         raise ConfigError(
             "--report needs Jinja2, which is not installed: pip install 'weightsync[plan]'"
         )
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
-        raise ConfigError(f"--report {path} {what}; name a file such as plan.html")
+    check_output("--report", path, "plan.html")
 
 
 def write_page(report: PlanReport, path: Path) -> None:

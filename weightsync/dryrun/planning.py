@@ -17,6 +17,7 @@ from weightsync.planners.cluster import Cluster, Quality, Rate
 from weightsync.planners.limits import limits_of
 from weightsync.planners.planner import plan_transfer
 from weightsync.planners.predict import Prediction, predict
+from weightsync.planners.protocol import MAX_GATEWAYS
 from weightsync.planners.rules import ConfigLike, ModelConfig, canonical_tensors, model_config
 from weightsync.planners.traffic import BucketWork, bucket_work, traffic_of
 from weightsync.units import GB
@@ -32,6 +33,10 @@ _QUALITIES: Final[tuple[Quality, Quality]] = ("nominal", "attainable")
 _MAX_FIXED_BUCKETS: Final = 20_000
 _MOST_RATIO: Final = 1e3  # more is as good
 _FREE: Final = 1e6  # how many times faster than a cluster one is whose bytes cost nothing
+
+# What is counted for each pair of ranks takes some GiB there.
+_MAX_RANKS: Final = 1 << 15
+_MAX_PAIRS: Final = 1 << 26
 
 
 def plan(
@@ -155,8 +160,20 @@ class DryRun:
             )
         if mode not in ("staged", "in_place"):
             raise ConfigError(f"mode must be staged or in_place, not {mode!r}", key="mode")
-        if self.gateways is not None and self.gateways < 0:
-            raise ConfigError(f"gateways must not be {self.gateways}", key="gateways")
+        gateways = self.gateways
+        if gateways is not None and (
+            isinstance(gateways, bool)
+            or not isinstance(gateways, int)
+            or not 0 <= gateways <= MAX_GATEWAYS
+        ):
+            raise ConfigError(f"gateways={gateways!r}: 0 to {MAX_GATEWAYS}", key="gateways")
+        ranks = self.trainer.world_size, self.rollout.world_size * replicas
+        if max(ranks) > _MAX_RANKS or ranks[0] * ranks[1] > _MAX_PAIRS:
+            raise ConfigError(
+                f"{ranks[0]:,} trainer ranks and {ranks[1]:,} rollout ranks are more than a dry "
+                f"run takes: {_MAX_RANKS:,} a side, {_MAX_PAIRS:,} pairs; lower their degrees, or "
+                "rollout.replicas"
+            )
         if not isinstance(self.is_offloaded, bool):
             raise ConfigError(
                 f"offloaded must be true or false, not {self.is_offloaded!r}", key="offloaded"
@@ -278,7 +295,7 @@ def _read_yaml(path: Path, what: str) -> dict[str, Any]:
 
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, YAMLError) as error:
+    except (OSError, UnicodeError, YAMLError) as error:
         raise ConfigError(f"{what} {path} cannot be read: {error}", path=path) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{what} {path} is no mapping of keys", path=path)

@@ -21,6 +21,7 @@ from weightsync.ir.locate import Locator
 from weightsync.ir.manifest import ARENA_ALIGN_BYTES
 from weightsync.ir.pieces import CONSTANT
 from weightsync.ir.tables import BoolArray, IntArray, starts_of, volume_of
+from weightsync.outputs import check_output
 
 if TYPE_CHECKING:
     from weightsync.planners.cluster import Cluster
@@ -41,16 +42,14 @@ def check_target(path: Path) -> None:
     """Check that a file can be written there, before anything is planned.
 
     Raises:
-        ConfigError: pyarrow is not installed, or there is no such folder.
+        ConfigError: pyarrow is not installed, or as `check_output`.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(
             "--out writes Parquet and needs pyarrow, which is not installed: "
             "pip install 'weightsync[plan]'"
         )
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
-        raise ConfigError(f"--out {path} {what}; name a file such as plan.parquet")
+    check_output("--out", path, "plan.parquet")
 
 
 def write_rows(plan: Plan, cluster: Cluster, path: Path, facts: Mapping[str, Any]) -> None:

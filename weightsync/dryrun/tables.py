@@ -68,7 +68,7 @@ def _moves(report: PlanReport) -> Table:
     plan = report.plan
     table = _table("What one version moves", "", "number", "what")
     total = format_bytes(int(plan.buckets.nbytes.sum()))
-    table.add_row("bytes", total, "on the wire, all sinks together")
+    table.add_row("bytes", total, "received by all sinks together")
     once = format_bytes(report.traffic.unique_bytes)
     table.add_row("unique bytes", once, "the same, what several sinks need counted once")
     table.add_row("per source", _range(plan.bytes_per_source()), "sent by one trainer rank")
@@ -76,6 +76,8 @@ def _moves(report: PlanReport) -> Table:
     if plan.num_direct < len(plan.buckets):
         passed_on = format_bytes(int(plan.bytes_per_forwarder().sum()))
         table.add_row("passed on", passed_on, "of all bytes: what sinks send to other sinks")
+        over_nics = format_bytes(report.prediction.nic_bytes)
+        table.add_row("over NICs", over_nics, "of all bytes: what does not stay inside a node")
     table.add_row("tensors", f"{len(plan.sink.tensors):,}", "of the checkpoint, scales included")
     table.add_row("regions", f"{plan.num_sent:,}", "strided copies between two ranks' memory")
     table.add_row("writes", f"{len(plan.chunks):,}", "one contiguous range at a sink each")
@@ -117,6 +119,7 @@ def _prediction(report: PlanReport) -> Table:
     attainable = format_seconds(report.attainable.physical_limit_s)
     for name, seconds, what in (
         ("update", prediction.predicted_s, f"all published to all committed; limit {limit}"),
+        ("- open", prediction.open_s, "messages to and from all ranks before the first write"),
         ("- on the wire", prediction.wire_s, f"first to last byte; limit {attainable} attainable"),
         ("- commit", prediction.commit_s, "votes and decision after the last byte was verified"),
         ("pause", prediction.pause_s, _pause_text(report)),

@@ -106,23 +106,33 @@ def _busy(
 def write_trace(report: PlanReport, path: Path) -> None:
     """Write the predicted timeline for Perfetto: a process a rank, a track a stage.
 
-    Where there are too many buckets, the ranks that finish last are kept.
+    The first process is the update as a whole. Where there are too many buckets, the ranks that
+    finish last are kept; spans of the update say how many.
 
     Raises:
         ConfigError: The file cannot be written.
     """
     prediction, plan = report.prediction, report.plan
     end = prediction.end_s[:, STAGES.index("verify")]
-    trace = Trace()
-    budget = _MAX_SPANS // 2
     num_sources = len(plan.source.ranks)
     everyone = [*plan.source.ranks, *plan.sink.ranks]
-    sent = ("read", "cast", "write", "wire")
-    for side, ranks, stages in (
-        ("sender", prediction.source, sent),
+    sides = (
+        ("sender", prediction.source, ("read", "cast", "write", "wire")),
         ("sink", prediction.sink + num_sources, ("wire", "verify")),
+    )
+    budget = _MAX_SPANS // 2
+    kept = [_kept(ranks, end, budget // len(stages), len(everyone)) for _, ranks, stages in sides]
+    trace = Trace()
+    first, last = prediction.open_s, prediction.predicted_s - prediction.commit_s
+    shown = f"{len(set().union(*kept))} of {len(everyone)}"
+    for name, begin, until in (
+        ("open", 0.0, first),
+        ("transfer", first, last),
+        ("votes and decision", last, prediction.predicted_s),
     ):
-        for number in _kept(ranks, end, budget // len(stages), len(everyone)):
+        trace.add("update (predicted)", "update", name, begin, until, ranks_shown=shown)
+    for (side, ranks, stages), numbers in zip(sides, kept, strict=True):
+        for number in numbers:
             mine = np.flatnonzero(ranks == number)
             for stage in stages:
                 _add_stage(trace, report, f"{everyone[number]} (predicted)", stage, side, mine)

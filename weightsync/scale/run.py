@@ -105,11 +105,13 @@ def run_scale(
         The keys of `weightsync.scale_model/1`, without "schema".
 
     Raises:
-        ConfigError: No such network can be made here.
+        ConfigError: No such network can be made here, or a bad calibration.
         TransferError: `cpu_bound`: raw sockets are too slow; nothing else is measured.
         WeightSyncError: A process failed; nothing is left behind.
     """
     counts = options.counts
+    if options.calibration is not None:
+        read_cluster(options.calibration)  # before anything is built
     on_step("network")
     with Interrupts() as interrupts, workspace() as folder, open_network(options.network()) as net:
         hosts = [Host(net.inside(i), net.addresses(i), net.control(i)) for i in range(net.hosts)]
@@ -272,8 +274,8 @@ def _constants(
             )
             store(calibrate(fleet, wiring, lambda text: on_step(f"calibration: {text}")), path)
             is_fresh = True
-    content = path.read_bytes()
     cluster = read_cluster(path)
+    content = path.read_bytes()
     wanted = options.shape.mbit_per_s / 1000
     if cluster.rails_per_port != options.rails or cluster.nic_gbit_per_s.nominal != wanted:
         raise ConfigError(

@@ -67,6 +67,11 @@ class Shape:
     burst_bytes: int = 128 * KIB
     mtu: int = 9000
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) < 1:
+                raise ConfigError(f"{field.name}={value}: at least 1")
+
     @property
     def payload_fraction(self) -> float:
         """Share of a link's bytes that TCP carries: Ethernet 14, IPv4 20, TCP 32 a frame."""
@@ -117,8 +122,8 @@ class Network:
     def __post_init__(self) -> None:
         if not 1 <= self.hosts <= _MAX_HOSTS or not 1 <= self.rails <= _MAX_RAILS:
             raise ConfigError(
-                f"{self.hosts} hosts with {self.rails} rails each: at most {_MAX_HOSTS} and "
-                f"{_MAX_RAILS}"
+                f"{self.hosts} hosts with {self.rails} rails each: 1 to {_MAX_HOSTS} hosts, 1 to "
+                f"{_MAX_RAILS} rails"
             )
 
     def inside(self, host: int) -> tuple[str, ...]:
