@@ -228,7 +228,8 @@ class Update:
             StaleVersionError: The number is not newer than the last one.
             LayoutError, PlanError: The two sides do not fit; nothing was written.
             TransferTimeoutError: `timeout_s` or the version's deadline passed.
-            AuthError: The coordinator came back, but this rank's token is of no use there.
+            PeerLostError: The coordinator went away before it had numbered the version.
+            AuthError: It came back, but this rank's token is of no use there.
         """
         self._source._member.wait(self._opened, until, timeout_s)
         return self._source._member.report(self._opened)

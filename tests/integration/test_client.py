@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from support.fabrics import RAILS
+from support.pair import until_lost
 from support.toy import SHAPES, ToySinkLayout, ToySourceLayout, expected_sink, toy_shard, toy_sink
 from weightsync import errors
 from weightsync.client import Job, Sink, Source
@@ -301,6 +302,7 @@ def test_a_coordinator_that_restarts_goes_on_with_its_versions(tmp_path: Path) -
         fleet.train(1)
         fleet.publish()
         job.close()
+        until_lost(*fleet.sources)
         with Job.start(url, journal=journal):
             assert fleet.refit() == [1, 1]  # committed before, adopted after
             fleet.check()
@@ -321,6 +323,7 @@ def test_weights_are_the_users_again_when_the_coordinator_stays_away() -> None:
         layout=ToySourceLayout(1), rank=0, world_size=1, job=job, timeout_s=0.5,
     ) as source:  # fmt: skip
         job.close()
+        until_lost(source)
         parameter = torch.nn.Parameter(torch.ones(3))
         parameter.grad = torch.ones(3)
         with pytest.raises(errors.TransferTimeoutError, match="not decided"):
@@ -344,6 +347,7 @@ def test_a_member_that_is_slow_to_join_again_answers_what_it_is_told(
     with fleet.stack:
         monkeypatch.setattr(member, "Session", SlowSession)
         job.close()
+        until_lost(*fleet.sources)
         with Job.start(url, journal=journal):
             fleet.train(1)
             assert {r.version for r in fleet.publish()} == {1}

@@ -14,7 +14,7 @@ import grpc
 import pytest
 import torch
 
-from support.pair import TIMEOUT_S, Pair, join_source
+from support.pair import TIMEOUT_S, Pair, join_source, until_lost
 from support.tls import any_server, tcp_server
 from support.toy import SHAPES, ToySourceLayout, toy_shard
 from weightsync import errors
@@ -75,6 +75,7 @@ def test_a_coordinator_that_restarts_is_joined_again(folder: Path, tmp_path: Pat
         pair = Pair(stack, first)
         assert pair.step(1) == 1
         first.close()
+        until_lost(pair.source)
         with Job.start(first.url, journal=journal, token_file=token):
             assert pair.step(2) == 2
 
@@ -85,6 +86,7 @@ def test_members_keep_their_copies_when_the_certificate_is_renewed(tmp_path: Pat
     with ExitStack() as stack:
         pair = Pair(stack, first)
         first.close()
+        until_lost(pair.source)
         renew_certs(folder)
         with Job.start(first.url, token_file=folder / "token"):
             assert pair.step(1) == 1
@@ -233,6 +235,7 @@ def test_a_member_whose_token_went_out_of_use_is_told(tmp_path: Path) -> None:
         pair = Pair(stack, first)
         source, sink = pair.source, pair.sinks[0]
         first.close()
+        until_lost(source, sink)
         waits = [pair.pool.submit(source.publish), pair.pool.submit(sink.refit)]
         deadline = time.monotonic() + TIMEOUT_S
         while not (source._member._open and sink._member._refitting):

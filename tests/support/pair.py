@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -10,7 +11,7 @@ import torch
 from support.toy import SHAPES, ToySinkLayout, ToySourceLayout, expected_sink, toy_shard, toy_sink
 from weightsync.client import Job, Sink, Source
 
-__all__ = ["TIMEOUT_S", "Pair", "join_source"]
+__all__ = ["TIMEOUT_S", "Pair", "join_source", "until_lost"]
 
 TIMEOUT_S = 20.0
 
@@ -54,3 +55,11 @@ def join_source(job: Job | str, shard: dict[str, torch.Tensor] | None = None) ->
         weights if shard is None else shard, layout=ToySourceLayout(1), rank=0, world_size=1,
         job=job, timeout_s=TIMEOUT_S,
     )  # fmt: skip
+
+
+def until_lost(*sides: Source | Sink) -> None:
+    """Wait until all know that the coordinator is gone: a publish that it got is lost with it."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(side._member.session is not None for side in sides):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

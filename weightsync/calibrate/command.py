@@ -20,11 +20,10 @@ from rich.text import Text
 
 from weightsync.bench.host import host_facts, load
 from weightsync.calibrate.constants import Calibration, Wiring, calibrate
-from weightsync.calibrate.stored import store
+from weightsync.calibrate.stored import prepare, store
 from weightsync.demo.workspace import Interrupts, workspace
 from weightsync.errors import ConfigError
 from weightsync.fleet.fleet import Fleet, Host
-from weightsync.outputs import check_output
 from weightsync.planners.cluster import Cluster, Rate
 from weightsync.units import MIB
 
@@ -92,8 +91,7 @@ def run_calibrate(options: CalibrateOptions, console: Console) -> dict[str, Any]
         ConfigError: The file cannot be written.
         WeightSyncError: A process failed; nothing is stored.
     """
-    if options.out is not None:
-        check_output("--out", options.out, f"cluster/{options.name}.yaml")
+    prepare(options.path, f"cluster/{options.name}.yaml")
     began = load()
     addresses = options.addresses or ("127.0.0.1",)
     nominal, source = _nominal(options)

@@ -8,9 +8,27 @@ from pathlib import Path
 
 from weightsync.calibrate.constants import Calibration
 from weightsync.errors import ConfigError
+from weightsync.outputs import check_output
 from weightsync.planners.cluster import Cluster, Rate
 
-__all__ = ["store", "to_yaml"]
+__all__ = ["prepare", "store", "to_yaml"]
+
+
+def prepare(path: Path, example: str) -> None:
+    """Make the folder of a calibration's file, before anything is measured.
+
+    Args:
+        path: The file.
+        example: A name that would do.
+
+    Raises:
+        ConfigError: It cannot be made, or as `check_output`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path}: its folder cannot be made: {error}", path=path) from error
+    check_output("--out", path, example)
 
 
 def store(calibration: Calibration, path: Path) -> None:
