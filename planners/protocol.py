@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 MAX_GATEWAYS: Final = 64
-"""Of a job."""
+"""Most gateways that a job takes."""
 
 Floats = NDArray[np.float64]
 

@@ -211,7 +211,7 @@ def test_gateways_work_beside_each_other_and_the_coordinator(
 
 
 def test_large_jobs_have_gateways() -> None:
-    assert [gateways_for(num) for num in (2, 127, 128, 384)] == [0, 0, 3, 8]
+    assert [gateways_for(num) for num in (2, 127, 128, 384, 5000)] == [0, 0, 3, 8, 64]
     assert predict(_plan([{"a": MB}], [{"a": MB}]), cluster()).num_gateways == 0
 
 

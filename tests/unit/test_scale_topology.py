@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from support.clusters import cluster
 from weightsync.errors import ConfigError
 from weightsync.planners.cluster import Cluster
 from weightsync.scale.layouts import LAYOUTS, Counts, limit_s, plan_options, sized
+from weightsync.scale.run import ScaleOptions, run_scale
 from weightsync.scale.topology import Network, Shape
 
 
@@ -80,6 +82,25 @@ def test_addresses_are_all_different() -> None:
 def test_sizes_that_cannot_be_are_refused(hosts: int, rails: int) -> None:
     with pytest.raises(ConfigError, match="1 to 250 hosts, 1 to 8 rails"):
         Network(hosts, rails, Shape())
+
+
+@pytest.mark.parametrize("name", ["mbit_per_s", "latency_ms", "burst_bytes", "mtu"])
+def test_a_link_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=0: at least 1"):
+        Shape(**{name: 0})
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"rails: [1"])
+def test_a_calibration_is_read_before_anything_is_built(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    steps: list[str] = []
+    with pytest.raises(ConfigError, match=r"cluster\.yaml cannot be read"):
+        run_scale(ScaleOptions(counts=Counts(4, 2, 1), calibration=path), steps.append)
+    assert steps == []
 
 
 def test_payload_of_a_frame() -> None:

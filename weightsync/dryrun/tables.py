@@ -70,7 +70,7 @@ def _moves(report: PlanReport) -> Table:
     total = format_bytes(int(plan.buckets.nbytes.sum()))
     table.add_row("bytes", total, "received by all sinks together")
     once = format_bytes(report.traffic.unique_bytes)
-    table.add_row("unique bytes", once, "the same, what several sinks need counted once")
+    table.add_row("unique bytes", once, "the same, what several sinks need is counted once")
     table.add_row("per source", _range(plan.bytes_per_source()), "sent by one trainer rank")
     table.add_row("per sink", _range(plan.bytes_per_sink()), "received by one rollout rank")
     if plan.num_direct < len(plan.buckets):
