@@ -134,7 +134,7 @@ def _with_made(source: Manifest, sink: Manifest, table: EncodingTable) -> Manife
         ranks=source.ranks,
         tensors=TensorTable(tuple(names), shape, ndim),
         buffers=source.buffers,
-        pieces=sorted_pieces(PieceTable.concat(parts)),
+        pieces=sorted_pieces(*parts),
         encodings=EncodingTable.empty(),
         repeats=None,
     )

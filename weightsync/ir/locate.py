@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import hull_elements
-from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, expand
+from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, expand, take_rows
 
 __all__ = ["BLOCK_ROWS", "Locator", "locate_rows"]
 
@@ -133,8 +133,8 @@ class Locator:
     ) -> tuple[BoolArray, IntArray, IntArray]:
         """Turn offsets into indices of the candidate pieces; tell which rows lie inside them."""
         pieces = self._pieces
-        piece_n, piece_step = pieces.n[candidate], pieces.step[candidate]
-        width = self._width[candidate]
+        piece_n, piece_step = take_rows(pieces.n, candidate), take_rows(pieces.step, candidate)
+        width = take_rows(self._width, candidate)
         rest = offset - pieces.offset[candidate]
         index = np.empty_like(n)
         for dim in range(MAX_DIMS):
@@ -145,18 +145,18 @@ class Locator:
             rest -= digit * width[:, dim]
             index[:, dim] = digit
         if not self._is_ordered:
-            index = np.take_along_axis(index, self._places[candidate], axis=1)
+            index = np.take_along_axis(index, take_rows(self._places, candidate), axis=1)
         # Rows step over the elements of a piece: by its stride or a multiple of it.
         many = n > 1
-        piece_stride = np.maximum(pieces.stride[candidate], 1)
+        piece_stride = np.maximum(take_rows(pieces.stride, candidate), 1)
         if all_dims(~many | (stride == piece_stride)).all():  # as nearly always
             good = (~many | (piece_n > 1)) & (index >= 0) & (n <= piece_n - index)
-            lo = pieces.lo[candidate] + piece_step * index
+            lo = take_rows(pieces.lo, candidate) + piece_step * index
             return all_dims(good) & (rest == 0), lo, np.where(many, piece_step, 1)
         factor = np.where(many, stride // piece_stride, 1)
         # Division, not a product, tells whether the row ends inside: rows may hold any numbers.
         good = (~many | ((factor >= 1) & (factor * piece_stride == stride) & (piece_n > 1))) & (
             (index >= 0) & (n - 1 <= (piece_n - 1 - index) // np.maximum(factor, 1))
         )
-        lo = pieces.lo[candidate] + piece_step * index
+        lo = take_rows(pieces.lo, candidate) + piece_step * index
         return all_dims(good) & (rest == 0), lo, np.where(many, piece_step * factor, 1)

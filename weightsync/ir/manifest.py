@@ -288,7 +288,7 @@ class Manifest:
             repeats=None,
             tensors=TensorTable(tuple(names), shape, ndim),
             buffers=BufferTable(tuple(n for m in manifests for n in m.buffers.names), **columns),
-            pieces=sorted_pieces(PieceTable.concat(pieces)),
+            pieces=sorted_pieces(*pieces),
             encodings=_joined(encodings, names),
         )
         check_encodings(merged.encodings, merged.tensors)

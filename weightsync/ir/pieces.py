@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, Table, volume_of
+from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, Table, take_rows, volume_of
 
 __all__ = [
     "CONSTANT",
@@ -67,9 +67,31 @@ class PieceTable(Table):
         return volume_of(self.n)
 
 
-def sorted_pieces(pieces: PieceTable) -> PieceTable:
-    """Return pieces in canonical order: by tensor, buffer, box, then place in memory."""
-    return pieces.take(np.lexsort(_sort_keys(pieces)))
+def sorted_pieces(*parts: PieceTable) -> PieceTable:
+    """Return all pieces in canonical order: by tensor, buffer, box, then place in memory.
+
+    Cost: a sort by one key, and of pieces that share tensor and buffer by all. Columns are joined
+    one by one: tables of millions of pieces are never in memory twice.
+    """
+    tables = parts or (PieceTable.empty(),)
+
+    def column(name: str) -> NDArray[Any]:
+        columns = [getattr(table, name) for table in tables]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+    def taken(rows: IntArray) -> PieceTable:
+        return PieceTable(**{name: take_rows(column(name), rows) for name in PieceTable.COLUMNS})
+
+    place = (column("tensor").astype(np.int64) << 32) | column("buffer")
+    order = np.argsort(place, kind="stable")
+    place = place[order]
+    same = np.zeros(len(place) + 1, np.bool_)
+    same[1:-1] = place[1:] == place[:-1]
+    tied = np.flatnonzero(same[1:] | same[:-1])
+    if len(tied):
+        rows = order[tied]
+        order[tied] = rows[np.lexsort(_sort_keys(taken(rows)))]
+    return taken(order)
 
 
 def _sort_keys(pieces: PieceTable) -> list[NDArray[Any]]:

@@ -16,7 +16,7 @@ from weightsync.errors import LayoutError
 from weightsync.ir.manifest import BufferTable, Manifest, TensorTable
 from weightsync.ir.pieces import CONSTANT, PieceTable, sorted_pieces
 from weightsync.ir.recipes import EncodingTable
-from weightsync.ir.tables import IntArray, expand, starts_of
+from weightsync.ir.tables import IntArray, expand, starts_of, take_rows
 
 __all__ = ["find_replicas", "relabelled", "repeat_blocks", "repeat_ranks"]
 
@@ -109,15 +109,11 @@ def repeat_ranks(manifest: Manifest, labels: Sequence[Sequence[str]]) -> Manifes
     if any(len(of) != len(manifest.ranks) for of in labels) or len(set(flat)) != len(flat):
         raise LayoutError(f"replicas of {len(manifest.ranks)} ranks need as many labels each")
     count, buffers, pieces = len(labels), manifest.buffers, manifest.pieces
-    columns = {
-        name: np.tile(column, (count, *[1] * (column.ndim - 1)))
-        for name in PieceTable.COLUMNS
-        for column in [getattr(pieces, name)]
-    }
-    shift = np.repeat(np.arange(count, dtype=np.int32) * len(buffers), len(pieces))
-    columns["buffer"] = columns["buffer"] + shift
     # By tensor, then buffer: replicas follow one another inside each tensor.
-    order = np.argsort(columns["tensor"], kind="stable")
+    order = np.argsort(np.tile(pieces.tensor, count), kind="stable")
+    replica, piece = np.divmod(order, max(len(pieces), 1))
+    columns = {name: take_rows(getattr(pieces, name), piece) for name in PieceTable.COLUMNS}
+    columns["buffer"] += replica.astype(np.int32) * np.int32(len(buffers))
     rank = np.arange(count, dtype=np.int32)[:, None] * len(manifest.ranks) + buffers.rank
     return Manifest.trusted(
         side=manifest.side,
@@ -129,7 +125,7 @@ def repeat_ranks(manifest: Manifest, labels: Sequence[Sequence[str]]) -> Manifes
             np.tile(buffers.dtype, count),
             np.tile(buffers.numel, count),
         ),
-        pieces=PieceTable(**columns).take(order),
+        pieces=PieceTable(**columns),
         encodings=manifest.encodings,
         repeats=(manifest, count),
     )
