@@ -29,11 +29,11 @@ from weightsync.ir.plan import (
     RowTable,
     Shares,
 )
-from weightsync.ir.tables import IntArray, expand, starts_of, unique_rows
+from weightsync.ir.tables import IntArray, distinct, expand, starts_of, take_rows
 from weightsync.planners import choose
-from weightsync.planners.copies import CopyTable
+from weightsync.planners.copies import CopyTable, unique_nests
 from weightsync.planners.fans import Fans
-from weightsync.planners.lower import Lowered, lower
+from weightsync.planners.lower import Lowered, Memory, lower
 from weightsync.planners.order import Cut, cut_buckets
 from weightsync.planners.outline import Inputs, Outline
 from weightsync.planners.replan import PlanMemory, Prepared
@@ -195,13 +195,14 @@ def _prepare(outline: Outline, copies: slice | None = None) -> Prepared:
     stamped, inputs, options = outline.stamped, outline.inputs, outline.options
     copies = slice(0, len(stamped.src_rank)) if copies is None else copies
     apart = 2 * outline.pattern[copies] + outline.is_relayed[copies]
+    memory = Memory(inputs.encoded, inputs.sink)
     num_rows, parts, of_part = 0, [], []
     for block in _blocks(stamped.src_rank[copies]):
         for number in np.unique(apart[block]).tolist():
             rows = copies.start + block.start + np.flatnonzero(apart[block] == number)
             held = inputs.encoded.source
             found = stamped.copies(rows, inputs.classes, inputs.boxes, held, inputs.sink)
-            parts.append(lower(found, inputs.encoded, inputs.sink, options))
+            parts.append(lower(found, memory, options))
             of_part.append(np.full(len(parts[-1].src_rank), number))
             num_rows += len(parts[-1].rows) * (1 if number % 2 else inputs.count)
             _check_rows(num_rows, options)
@@ -241,11 +242,11 @@ def _tables(
     _check_rows(int(counts.sum()) + len(last), outline.options)
     owner, local = expand(counts)
     index = lowered.row_start[order][owner] + local
-    nests, nest = _nests(lowered.rows)
+    nests = lowered.nests
     parts = [nests]  # until they are joined, `nest` counts through all parts
-    names = [name for name in CopyTable.COLUMNS if name not in NestTable.COLUMNS]
     columns = {}
-    for name, before in (("nest", nest), *((name, getattr(lowered.rows, name)) for name in names)):
+    for name in CopyTable.COLUMNS:
+        before = getattr(lowered.rows, name)
         columns[name] = np.empty(len(index) + len(last), before.dtype)
         np.take(before, index, out=columns[name][: len(index)], mode="clip")
         columns[name][len(index) :] = getattr(last, name)
@@ -292,23 +293,13 @@ def _tables(
     return RowTable(**columns), joined, chunks
 
 
-def _nests(copies: CopyTable) -> tuple[NestTable, NDArray[np.int32]]:
-    """Return the distinct nests of some copies, and which of them each has."""
-    first, nest = unique_rows([copies.n, copies.src_stride, copies.dst_stride])
-    columns = {name: getattr(copies, name)[first] for name in NestTable.COLUMNS}
-    return NestTable(**columns), nest.astype(np.int32)
-
-
 def _joined(
     parts: Sequence[NestTable], nest: NDArray[np.int32]
 ) -> tuple[NestTable, NDArray[np.int32]]:
     """Join tables of nests, each nest once and none that no row has; number the rows' anew."""
-    every = NestTable.concat(parts)
-    first, number = unique_rows([every.n, every.src_stride, every.dst_stride])
-    is_used = np.zeros(len(first), np.bool_)
-    is_used[number[nest]] = True
-    place = np.cumsum(is_used, dtype=np.int32) - np.int32(1)
-    return every.take(first[is_used]), place[number][nest]
+    nests, number = unique_nests(NestTable.concat(parts))
+    used, place = distinct(take_rows(number, nest), len(nests))
+    return nests.take(used), place.astype(np.int32)
 
 
 def _targets(fan: IntArray, target: IntArray, fans: Fans) -> tuple[IntArray, IntArray]:

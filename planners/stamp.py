@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from weightsync.errors import PlanBudgetError
 from weightsync.ir.manifest import Manifest
-from weightsync.ir.tables import MAX_DIMS, IntArray, expand
+from weightsync.ir.plan import NestTable
+from weightsync.ir.tables import IntArray, expand, take_rows, unique_rows
 from weightsync.planners.choose import Election
 from weightsync.planners.classes import TensorClasses
-from weightsync.planners.copies import CopyTable
+from weightsync.planners.copies import Copies, CopyTable, unique_nests
 from weightsync.planners.intersect import Boxes, Regions
 
 __all__ = ["Stamped", "stamp"]
@@ -50,28 +51,33 @@ class Stamped:
         boxes: Boxes,
         source: Manifest,
         sink: Manifest,
-    ) -> CopyTable:
-        """Materialise some copies: buffers, offsets and strides on both sides."""
+    ) -> Copies:
+        """Materialise some copies: buffers, offsets and strides on both sides.
+
+        The tensors of a class are placed alike, so that copies of one region between the same two
+        pieces of the representative differ in buffers and offsets only.
+        """
         tensor, region, member = self.tensor[rows], self.region[rows], self.member[rows]
         model = classes.first[classes.of[tensor]]
-        lo, n, step = self.lo[region], self.n[region], self.step[region]
-        many = n > 1
+        first, kind = unique_rows([region, member, self.dst_piece[rows]])
+        lo, n, step = (take_rows(c, region[first]) for c in (self.lo, self.n, self.step))
         columns: dict[str, NDArray[Any]] = {}
+        strides: dict[str, IntArray] = {}
         for side, manifest, like, start in (
             ("src", source, boxes.member_piece[member], classes.src_start),
             ("dst", sink, self.dst_piece[rows], classes.dst_start),
         ):
             pieces = manifest.pieces
             piece = like + (start[tensor] - start[model])  # same position in the tensor's own list
-            stride, piece_step = pieces.stride[piece], pieces.step[piece]
-            index = (lo - pieces.lo[piece]) // piece_step
+            held = pieces.take(like[first])
+            index = (lo - held.lo) // held.step
+            shift = (index * held.stride).sum(axis=1)
             columns[f"{side}_buffer"] = pieces.buffer[piece]
-            offset = pieces.offset[piece]
-            for dim in range(MAX_DIMS):
-                offset += index[:, dim] * stride[:, dim]
-            columns[f"{side}_offset"] = offset
-            columns[f"{side}_stride"] = stride * (step // piece_step) * many
-        return CopyTable(tensor=classes.tensor[tensor].astype(np.int32), n=n, **columns)
+            columns[f"{side}_offset"] = pieces.offset[piece] + shift[kind]
+            strides[f"{side}_stride"] = held.stride * (step // held.step) * (n > 1)
+        nests, number = unique_nests(NestTable(n=n, **strides))
+        columns["nest"] = number.astype(np.int32)[kind]
+        return Copies(CopyTable(tensor=classes.tensor[tensor].astype(np.int32), **columns), nests)
 
 
 def stamp(

@@ -23,6 +23,7 @@ __all__ = [
     "Table",
     "all_dims",
     "any_dim",
+    "distinct",
     "expand",
     "front_pad",
     "starts_of",
@@ -148,6 +149,23 @@ def starts_of(counts: IntArray) -> IntArray:
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts
+
+
+def distinct(values: NDArray[Any], size: int) -> tuple[IntArray, IntArray]:
+    """Find the different values of many small ones; as `np.unique`, without a sort.
+
+    Args:
+        values: From 0 to `size - 1`, `(R,)`.
+        size: Few more than there are values.
+
+    Returns:
+        `(found, number)`: the different values, ascending, and which of them each is, `(R,)`.
+    """
+    number = np.zeros(size, np.int64)
+    number[values] = 1
+    found = np.flatnonzero(number)
+    number[found] = np.arange(len(found))
+    return found, take_rows(number, values)
 
 
 def expand(counts: IntArray) -> tuple[IntArray, IntArray]:
