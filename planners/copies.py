@@ -91,7 +91,8 @@ class Copies:
         order = np.argsort(first, kind="stable")[: np.count_nonzero(first < num)]
         place = np.zeros(len(nests), np.int32)
         place[order] = np.arange(len(order), dtype=np.int32)
-        return Copies(dataclasses.replace(self.rows, nest=take_rows(place, nest)), nests.take(order))
+        rows = dataclasses.replace(self.rows, nest=take_rows(place, nest))
+        return Copies(rows, nests.take(order))
 
 
 def unique_nests(nests: NestTable) -> tuple[NestTable, IntArray]:

@@ -59,7 +59,7 @@ class Cut:
     Attributes:
         table: The buckets, those of sources first.
         order: Chunk of `Lowered` that each chunk of the plan is a copy of, `(C,)`.
-        bucket: Bucket of each chunk of the plan, `(C,)`.
+        bucket: Bucket of each chunk of the plan, ascending, `(C,)`.
         sender, replica: Replica that passes each bucket on (-1: a source sends it), and that
             receives it, `(B,)`.
         target: Which of a chunk's fan each bucket goes to; -1: to the sink of the chunk, `(B,)`.
@@ -68,7 +68,7 @@ class Cut:
 
     table: BucketTable
     order: IntArray
-    bucket: IntArray
+    bucket: NDArray[np.int32]
     sender: IntArray
     replica: IntArray
     target: IntArray
@@ -197,8 +197,11 @@ def _arrange(
     place = np.arange(direct + len(order))
     place[direct + order] = direct + np.arange(len(order))
     base_of = np.concatenate([of, hops.base[order]])
-    owner, local = expand(base.end[base_of] - base.begin[base_of])
-    chunk_start = starts_of(base.end[base_of] - base.begin[base_of])
+    counts = base.end[base_of] - base.begin[base_of]
+    chunk_start = starts_of(counts)
+    # In place: there are as many chunks as the plan has.
+    chunk = np.repeat(base.begin[base_of] - chunk_start[:-1], counts)
+    chunk += np.arange(len(chunk))
     none = np.full(direct, -1)
     table = BucketTable(
         src_rank=np.concatenate([base.src_rank[of], from_rank[order]]).astype(np.int32),
@@ -210,8 +213,8 @@ def _arrange(
     )
     return Cut(
         table=table,
-        order=line[base.begin[base_of][owner] + local],
-        bucket=owner,
+        order=line[chunk],
+        bucket=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
         sender=np.concatenate([none, hops.sender[order]]),
         replica=np.concatenate([replica, hops.replica[order]]),
         target=np.concatenate([none, hops.target[order]]),

@@ -9,32 +9,27 @@ temporaries stay small whatever the size of the plan, and one rank can be planne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from weightsync.errors import PlanBudgetError, PlanError
-from weightsync.ir.encoded import made_rows
+from weightsync.errors import PlanError
 from weightsync.ir.manifest import Manifest
-from weightsync.ir.pieces import CONSTANT
 from weightsync.ir.plan import (
     BucketTable,
     ChunkTable,
     NestTable,
     Plan,
     PlanOptions,
-    RowKind,
     RowTable,
     Shares,
 )
-from weightsync.ir.tables import IntArray, distinct, expand, starts_of, take_rows
+from weightsync.ir.tables import IntArray
 from weightsync.planners import choose
-from weightsync.planners.copies import CopyTable, unique_nests
-from weightsync.planners.fans import Fans
+from weightsync.planners.assemble import assemble, check_rows, constants_of
 from weightsync.planners.lower import Lowered, Memory, lower
-from weightsync.planners.order import Cut, cut_buckets
+from weightsync.planners.order import cut_buckets
 from weightsync.planners.outline import Inputs, Outline
 from weightsync.planners.replan import PlanMemory, Prepared
 
@@ -84,7 +79,7 @@ def plan_transfer(
     cut = cut_buckets(
         lowered, inputs.sink, inputs.count, options, prepared.fan, fans, prepared.is_relayed
     )
-    rows, nests, chunks = _tables(prepared, cut, outline, _constants(sink))
+    rows, nests, chunks = assemble(prepared, cut, outline, constants_of(sink))
     plan = Plan(
         source=source,
         sink=sink,
@@ -154,7 +149,7 @@ def plan_rank(outline: Outline, rank: int) -> RankProgram:
         pair_bytes=outline.pair_bytes,
     )
     none = RowTable.empty(), NestTable.empty()
-    return RankProgram(*_tables(prepared, cut, outline, none), cut.table)
+    return RankProgram(*assemble(prepared, cut, outline, none), cut.table)
 
 
 def solve_shares(source: Manifest, sink: Manifest, options: PlanOptions | None = None) -> Shares:
@@ -205,7 +200,7 @@ def _prepare(outline: Outline, copies: slice | None = None) -> Prepared:
             parts.append(lower(found, memory, options))
             of_part.append(np.full(len(parts[-1].src_rank), number))
             num_rows += len(parts[-1].rows) * (1 if number % 2 else inputs.count)
-            _check_rows(num_rows, options)
+            check_rows(num_rows, options)
     lowered = Lowered.concat(parts)
     kind = np.concatenate([np.zeros(0, np.int64), *of_part])
     return Prepared(
@@ -216,116 +211,3 @@ def _prepare(outline: Outline, copies: slice | None = None) -> Prepared:
         maxima=outline.maxima,
         num_copies=outline.num_copies,
     )
-
-
-def _check_rows(num_rows: int, options: PlanOptions) -> None:
-    if num_rows > options.max_rows:
-        raise PlanBudgetError(
-            f"the plan has over {num_rows} rows, more than max_rows ({options.max_rows}); "
-            "raise it, or shard both sides more alike",
-            rows=num_rows,
-            budget=options.max_rows,
-        )
-
-
-def _tables(
-    prepared: Prepared,
-    cut: Cut,
-    outline: Outline,
-    constants: tuple[RowTable, NestTable],
-) -> tuple[RowTable, NestTable, ChunkTable]:
-    """Bring rows and chunks into the order of the buckets and number them; constants come last."""
-    last, last_nests = constants
-    lowered, fan, fans = prepared.lowered, prepared.fan, prepared.fans
-    inputs, sink, order = outline.inputs, outline.inputs.sink, cut.order
-    counts = np.diff(lowered.row_start)[order]
-    _check_rows(int(counts.sum()) + len(last), outline.options)
-    owner, local = expand(counts)
-    index = lowered.row_start[order][owner] + local
-    nests = lowered.nests
-    parts = [nests]  # until they are joined, `nest` counts through all parts
-    columns = {}
-    for name in CopyTable.COLUMNS:
-        before = getattr(lowered.rows, name)
-        columns[name] = np.empty(len(index) + len(last), before.dtype)
-        np.take(before, index, out=columns[name][: len(index)], mode="clip")
-        columns[name][len(index) :] = getattr(last, name)
-    sent = slice(len(index))
-    made = made_rows(inputs.encoded, sink, columns["tensor"][sent], columns["dst_buffer"][sent])
-    kind = np.where(made, np.uint8(RowKind.ENCODE), np.uint8(RowKind.COPY))
-    buckets, bucket = cut.table, cut.bucket
-    buffer = lowered.dst_buffer[order]  # of the first replica: all have one arena
-    offset = lowered.dst_offset[order]
-    direct = int(np.searchsorted(bucket, int(np.count_nonzero(cut.sender < 0))))  # chunks
-    if direct < len(order):
-        hops = slice(direct, None)
-        first_row = int(counts[:direct].sum())
-        entry = buffer[hops].copy()
-        to, shift = _targets(fan[order[hops]], cut.target[bucket[hops]], fans)
-        buffer[hops] = np.where(to >= 0, to, entry)
-        offset[hops] += shift
-        rows, of = slice(first_row, len(index)), owner[first_row:] - direct
-        columns["src_offset"][rows] = columns["dst_offset"][rows]
-        parts.append(dataclasses.replace(nests, src_stride=nests.dst_stride))
-        columns["nest"][rows] += len(nests)
-        from_buffer = entry + cut.sender[bucket[hops]] * len(sink.buffers)
-        columns["src_buffer"][rows] = from_buffer[of]
-        columns["dst_buffer"][rows] = buffer[hops][of]
-        columns["dst_offset"][rows] += shift[of]
-        kind[rows] = RowKind.HOP
-    row_start = starts_of(counts)
-    chunks = ChunkTable(
-        bucket=bucket.astype(np.int32),
-        number=(np.arange(len(order)) - buckets.chunk_lo[bucket]).astype(np.int32),
-        dst_offset=sink.arena_offset_bytes[buffer] + offset * sink.buffers.itemsize[buffer],
-        nbytes=lowered.nbytes[order],
-        is_packed=lowered.is_packed[order] & (np.arange(len(order)) < direct),
-        row_lo=row_start[:-1],
-        row_hi=row_start[1:],
-    )
-    if inputs.count > 1:
-        moved = (cut.replica[bucket] * len(sink.buffers)).astype(np.int32)
-        columns["dst_buffer"][sent] += moved[owner]
-    columns["nest"][len(index) :] += sum(map(len, parts))
-    joined, columns["nest"] = _joined([*parts, last_nests], columns["nest"])
-    columns["kind"] = np.concatenate([kind, last.kind])
-    columns["chunk"] = np.concatenate([owner.astype(np.int32), last.chunk])
-    return RowTable(**columns), joined, chunks
-
-
-def _joined(
-    parts: Sequence[NestTable], nest: NDArray[np.int32]
-) -> tuple[NestTable, NDArray[np.int32]]:
-    """Join tables of nests, each nest once and none that no row has; number the rows' anew."""
-    nests, number = unique_nests(NestTable.concat(parts))
-    used, place = distinct(take_rows(number, nest), len(nests))
-    return nests.take(used), place.astype(np.int32)
-
-
-def _targets(fan: IntArray, target: IntArray, fans: Fans) -> tuple[IntArray, IntArray]:
-    """Return where hop chunks go: buffer (-1: the same), and elements further on."""
-    buffer, shift = np.full(len(fan), -1), np.zeros(len(fan), np.int64)
-    fanned = np.flatnonzero(target >= 0)
-    if len(fanned):
-        entry = fans.start[fan[fanned]] + target[fanned]
-        buffer[fanned], shift[fanned] = fans.target[entry], fans.shift[entry]
-    return buffer, shift
-
-
-def _constants(sink: Manifest) -> tuple[RowTable, NestTable]:
-    """Return a row for every constant piece of the sink, and a nest for every row."""
-    piece = np.flatnonzero(sink.pieces.tensor == CONSTANT)
-    none = np.full(len(piece), -1, np.int32)
-    n = sink.pieces.n[piece]
-    rows = RowTable(
-        kind=np.full(len(piece), RowKind.CONST, np.uint8),
-        chunk=none,
-        tensor=none,
-        src_buffer=none,
-        dst_buffer=sink.pieces.buffer[piece],
-        src_offset=piece,
-        dst_offset=sink.pieces.offset[piece],
-        nest=np.arange(len(piece), dtype=np.int32),
-    )
-    stride = sink.pieces.stride[piece]
-    return rows, NestTable(n=n, src_stride=np.zeros_like(n), dst_stride=stride)

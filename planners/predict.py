@@ -39,7 +39,8 @@ Floats = NDArray[np.float64]
 Mode = Literal["staged", "in_place"]
 
 STAGES: Final = ("read", "cast", "write", "wire", "verify")
-_MAX_STEPS: Final = 4000  # plans with more buckets than that take several events in one step
+_MAX_EXACT: Final = 4000  # plans with more buckets than that take several events in one step,
+_STEPS: Final = 2000  # about this often
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,9 +336,9 @@ def _wire(
         capacity += [rates.cut, sum(capacity)]
     capacities = np.array(capacity)
     step_s = 0.0
-    if len(buckets) > _MAX_STEPS:
+    if len(buckets) > _MAX_EXACT:
         loads = sum(sum_by(port, buckets.nbytes, len(capacity)) for port in ports)
-        step_s = float((loads / capacities).max()) / _MAX_STEPS
+        step_s = float((loads / capacities).max()) / _STEPS
     return Wire(
         senders,
         plan.sender,

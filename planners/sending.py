@@ -59,86 +59,88 @@ class Sender:
 
     Attributes:
         window: Most buckets on the wire at a time.
-        num_posted: Buckets whose time on the wire is known.
-        num_complete: Buckets that are complete; always the first ones.
-        read_start_s, cast_start_s, write_start_s, post_s: When each posted bucket entered a stage,
-            and when its last write was posted.
+        read_start_s, cast_start_s, write_start_s: When each posted bucket entered a stage.
+        complete_s: When each of the first buckets was complete; others are not, yet.
     """
 
     def __init__(self, work: StageWork, begin_s: float) -> None:
         self.window = QUEUE_DEPTH + 2  # in the queue, waited for, and one handed over too early
-        self.num_posted = self.num_complete = 0
         self.read_start_s: list[float] = []
         self.cast_start_s: list[float] = []
         self.write_start_s: list[float] = []
-        self.post_s: list[float] = []
+        self.complete_s: list[float] = []
         self._lag = QUEUE_DEPTH + 1
         self._ready_s = [begin_s] * len(work.read_s)  # when each may be taken
-        self._read_s = work.read_s.tolist()
-        self._cast_s = work.cast_s.tolist()
-        self._write_s = work.write_s.tolist()
+        self._read_s: list[float] = work.read_s.tolist()
+        self._cast_s: list[float] = work.cast_s.tolist()
+        self._write_s: list[float] = work.write_s.tolist()
         self._staged_after: list[int] = work.released_by().tolist()
-        self._left_read: list[float] = []
-        self._left_cast: list[float] = []
-        self._left_write: list[float] = []  # of all posted but the last
-        self._complete_s: list[float] = []
-        self._arrived: dict[int, float] = {}
+        # Of the last posted bucket: when it left `read`, and when its last write was posted.
+        self._left_read_s = self._post_s = 0.0
+        self._left_cast_s: list[float] = []
+        self._left_write_s: list[float] = []  # of all posted but the last
+        self._arrived_s: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._read_s)
 
-    def next_post(self) -> float | None:
-        """Take the next bucket and return when its last write is posted; None while not known."""
-        j, done = self.num_posted, self.num_complete
-        if j == len(self._read_s) or j - self.window >= done or self._staged_after[j] >= done:
-            return None
-        lag = j - self._lag
-        start = self._ready_s[j]
-        cast_free = write_free = 0.0
-        if j:
-            start = max(start, self._left_read[-1])
-            cast_free = self._left_cast[-1]
-            write_free = self.post_s[-1]
-            if lag > 0:
-                write_free = max(write_free, self._complete_s[lag - 1])
-            self._left_write.append(write_free)
-        if self._staged_after[j] >= 0:
-            start = max(start, self._complete_s[self._staged_after[j]])
-        self.read_start_s.append(start)
-        left = start + self._read_s[j]
-        if lag >= 0:
-            left = max(left, self._left_cast[lag])
-        self._left_read.append(left)
-        start = max(left, cast_free)
-        self.cast_start_s.append(start)
-        left = start + self._cast_s[j]
-        if lag >= 0:
-            left = max(left, self._left_write[lag])
-        self._left_cast.append(left)
-        start = max(left, write_free)
-        self.write_start_s.append(start)
-        posted: float = start + self._write_s[j]
-        self.post_s.append(posted)
-        self.num_posted = j + 1
+    def post(self) -> list[float]:
+        """Take all buckets that may be taken; return when the last write of each is posted."""
+        posted: list[float] = []  # comparisons, as `max` takes longer than all else in here
+        complete_s, left_cast_s, left_write_s = (
+            self.complete_s,
+            self._left_cast_s,
+            self._left_write_s,
+        )
+        j, done = len(left_cast_s), len(complete_s)
+        end = min(len(self._read_s), done + self.window)
+        while j < end and (staged_after := self._staged_after[j]) < done:
+            lag = j - self._lag
+            start, cast_free, write_free = self._ready_s[j], 0.0, self._post_s
+            if j:
+                if start < self._left_read_s:
+                    start = self._left_read_s
+                cast_free = left_cast_s[-1]
+                if lag > 0 and write_free < complete_s[lag - 1]:
+                    write_free = complete_s[lag - 1]
+                left_write_s.append(write_free)
+            if staged_after >= 0 and start < complete_s[staged_after]:
+                start = complete_s[staged_after]
+            self.read_start_s.append(start)
+            left = start + self._read_s[j]
+            if lag >= 0 and left < left_cast_s[lag]:
+                left = left_cast_s[lag]
+            self._left_read_s = left
+            start = left if left > cast_free else cast_free
+            self.cast_start_s.append(start)
+            left = start + self._cast_s[j]
+            if lag >= 0 and left < left_write_s[lag]:
+                left = left_write_s[lag]
+            left_cast_s.append(left)
+            start = left if left > write_free else write_free
+            self.write_start_s.append(start)
+            self._post_s = start + self._write_s[j]
+            posted.append(self._post_s)
+            j += 1
         return posted
+
+    @property
+    def num_posted(self) -> int:
+        """Buckets whose time on the wire is known."""
+        return len(self._left_cast_s)
 
     def bucket_at(self, position: int) -> int:
         """Return which of its buckets, in program order, is sent at a position."""
         return position
 
-    def arrive(self, bucket: int, acknowledged_s: float) -> None:
+    def arrive(self, position: int, acknowledged_s: float) -> None:
         """Take note that the last write at a position was acknowledged; in any order."""
-        self._arrived[bucket] = acknowledged_s
-        while (next_s := self._arrived.pop(self.num_complete, None)) is not None:
-            if self._complete_s:
-                next_s = max(next_s, self._complete_s[-1])
-            self._complete_s.append(next_s)
-            self.num_complete += 1
-
-    @property
-    def complete_s(self) -> list[float]:
-        """When each bucket was complete."""
-        return self._complete_s
+        complete_s, arrived_s = self.complete_s, self._arrived_s
+        arrived_s[position] = acknowledged_s
+        while (next_s := arrived_s.pop(len(complete_s), None)) is not None:
+            if complete_s and next_s < complete_s[-1]:
+                next_s = complete_s[-1]
+            complete_s.append(next_s)
 
 
 class ForwardingSender(Sender):

@@ -61,10 +61,10 @@ class Wire:
     ) -> None:
         self._senders = senders
         self._source: list[int] = source.tolist()
-        self._sink: list[int] = sink.tolist()
         self._first: list[int] = np.searchsorted(source, np.arange(len(senders))).tolist()
-        self._ports, self._capacity = ports, capacity
-        self._nbytes: list[int] = nbytes.tolist()
+        num_sinks = int(sink.max(initial=0)) + 1
+        self._pair: list[int] = (source * num_sinks + sink).tolist()
+        self._ports, self._capacity, self._nbytes = ports, capacity, nbytes
         self._ack_s, self._step_s, self._ready_s = ack_s, step_s, ready_s
         self._waiting = [0] * len(nbytes)  # buckets that each still waits for
         self._after: dict[int, list[int]] = {}
@@ -73,7 +73,9 @@ class Wire:
             self._waiting[after] += 1
         self._position = [0] * len(nbytes)  # in its sender's order, of those that were posted
         self._posts: list[tuple[float, int]] = []  # heap of (time, bucket)
-        self._queues: dict[tuple[int, int], deque[int]] = {}  # of pairs that have a bucket on it
+        self._queues: dict[int, deque[int]] = {}  # of pairs that have a bucket on the wire
+        self._entering: list[int] = []  # buckets to be put on the wire, and since when they are
+        self._since: list[float] = []
         # Each source has a place for each bucket that it may have on the wire.
         self._window = max((sender.window for sender in senders), default=1)
         num = self._window * len(senders)
@@ -111,39 +113,44 @@ class Wire:
         self._late_s[places] = 0
         done = np.flatnonzero(ends <= until)
         done = done[np.argsort(ends[done], kind="stable")]
-        free = places[done]
+        free, ends = places[done], ends[done]
+        buckets = self._bucket[free]
         self._is_busy[free] = False
-        for bucket, end in zip(self._bucket[free].tolist(), ends[done].tolist(), strict=True):
-            self._leave(bucket, end, until)
+        self.end_s[buckets] = ends
+        for bucket, end in zip(buckets.tolist(), ends.tolist(), strict=True):
+            self._leave(bucket, end)
         self._enter(until)
         return until
 
     def _enter(self, now: float) -> None:
         """Put the buckets on the wire that were posted by now, or behind those of their pair."""
-        while self._posts and self._posts[0][0] <= now:
-            start, bucket = heapq.heappop(self._posts)
-            pair = self._source[bucket], self._sink[bucket]
-            if pair in self._queues:
-                self._queues[pair].append(bucket)
+        posts, queues, pair = self._posts, self._queues, self._pair
+        while posts and posts[0][0] <= now:
+            start, bucket = heapq.heappop(posts)
+            if (queue := queues.get(pair[bucket])) is not None:
+                queue.append(bucket)
             else:
-                self._queues[pair] = deque()
-                self._occupy(bucket, start, now)
+                queues[pair[bucket]] = deque()
+                self._entering.append(bucket)
+                self._since.append(start)
+        if not self._entering:
+            return
+        buckets, since = np.array(self._entering), np.array(self._since)
+        self._entering, self._since = [], []
+        source = np.array([self._source[bucket] for bucket in buckets.tolist()])
+        position = np.array([self._position[bucket] for bucket in buckets.tolist()])
+        places = source * self._window + position % self._window
+        self._is_busy[places] = True
+        self._left[places] = self._nbytes[buckets]
+        self._late_s[places] = now - since
+        self._bucket[places] = buckets
+        self.start_s[buckets] = since
 
-    def _occupy(self, bucket: int, start: float, now: float) -> None:
-        source = self._source[bucket]
-        place = source * self._window + self._position[bucket] % self._window
-        self.start_s[bucket] = start
-        self._is_busy[place] = True
-        self._left[place] = self._nbytes[bucket]
-        self._late_s[place] = now - start
-        self._bucket[place] = bucket
-
-    def _leave(self, bucket: int, end: float, now: float) -> None:
-        self.end_s[bucket] = end
-        source = self._source[bucket]
-        pair = source, self._sink[bucket]
-        if self._queues[pair]:
-            self._occupy(self._queues[pair].popleft(), end, now)
+    def _leave(self, bucket: int, end: float) -> None:
+        pair, source = self._pair[bucket], self._source[bucket]
+        if queue := self._queues[pair]:
+            self._entering.append(queue.popleft())
+            self._since.append(end)
         else:
             del self._queues[pair]
         self._senders[source].arrive(self._position[bucket], end + self._ack_s)
@@ -162,8 +169,9 @@ class Wire:
 
     def _post(self, source: int) -> None:
         sender, first = self._senders[source], self._first[source]
-        while (time_s := sender.next_post()) is not None:
-            position = sender.num_posted - 1
-            bucket = first + sender.bucket_at(position)
-            self._position[bucket] = position
-            heapq.heappush(self._posts, (time_s, bucket))
+        if times := sender.post():
+            start = sender.num_posted - len(times)
+            for position, time_s in enumerate(times, start):
+                bucket = first + sender.bucket_at(position)
+                self._position[bucket] = position
+                heapq.heappush(self._posts, (time_s, bucket))

@@ -175,7 +175,9 @@ def expand(counts: IntArray) -> tuple[IntArray, IntArray]:
     """
     starts = starts_of(counts)
     owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(starts[-1]) - starts[owner]
+    local = np.arange(starts[-1])
+    local -= starts[owner]
+    return owner, local
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
