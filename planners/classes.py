@@ -13,7 +13,7 @@ import numpy as np
 
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.recipes import EncodingTable
-from weightsync.ir.tables import IntArray, expand, unique_rows, unique_runs
+from weightsync.ir.tables import IntArray, expand, ranges, unique_rows, unique_runs
 
 __all__ = ["TensorClasses", "classify"]
 
@@ -84,8 +84,7 @@ def classify(
 
 def _placement(side: Manifest, start: IntArray, count: IntArray) -> list[IntArray]:
     """Return what must be equal for two tensors to be placed alike: all but buffer and offset."""
-    owner, local = expand(count)
-    pieces, piece = side.pieces, start[owner] + local
+    pieces, piece = side.pieces, ranges(start, count)
     buffer = pieces.buffer[piece]
     fixed = [
         side.buffers.rank[buffer].astype(np.int64),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.plan import BucketTable, PlanOptions
-from weightsync.ir.tables import BoolArray, IntArray, expand, starts_of, sum_by
+from weightsync.ir.tables import BoolArray, IntArray, expand, ranges, starts_of, sum_by
 
 if TYPE_CHECKING:
     from weightsync.planners.fans import Fans
@@ -199,9 +199,6 @@ def _arrange(
     base_of = np.concatenate([of, hops.base[order]])
     counts = base.end[base_of] - base.begin[base_of]
     chunk_start = starts_of(counts)
-    # In place: there are as many chunks as the plan has.
-    chunk = np.repeat(base.begin[base_of] - chunk_start[:-1], counts)
-    chunk += np.arange(len(chunk))
     none = np.full(direct, -1)
     table = BucketTable(
         src_rank=np.concatenate([base.src_rank[of], from_rank[order]]).astype(np.int32),
@@ -213,7 +210,7 @@ def _arrange(
     )
     return Cut(
         table=table,
-        order=line[chunk],
+        order=line[ranges(base.begin[base_of], counts)],
         bucket=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
         sender=np.concatenate([none, hops.sender[order]]),
         replica=np.concatenate([replica, hops.replica[order]]),

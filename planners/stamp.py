@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from weightsync.errors import PlanBudgetError
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.plan import NestTable
-from weightsync.ir.tables import IntArray, expand, take_rows, unique_rows
+from weightsync.ir.tables import IntArray, expand, ranges, take_rows, unique_rows
 from weightsync.planners.choose import Election
 from weightsync.planners.classes import TensorClasses
 from weightsync.planners.copies import Copies, CopyTable, unique_nests
@@ -106,8 +106,7 @@ def stamp(
     if len(split):
         first = np.searchsorted(election.part_item, item[split])
         count = np.searchsorted(election.part_item, item[split], side="right") - first
-        owner, local = expand(count)
-        part, whole = first[owner] + local, split[owner]
+        part, whole = ranges(first, count), np.repeat(split, count)
         part_lo, part_n, keep = _clip(boxes, regions, region[whole], election, part)
         part, whole = part[keep], whole[keep]
         kept = np.flatnonzero(member >= 0)

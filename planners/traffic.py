@@ -26,7 +26,7 @@ from weightsync.ir.tables import (
 )
 from weightsync.planners.choose import HolderSets, find_holder_sets
 from weightsync.planners.classes import TensorClasses, classify
-from weightsync.planners.intersect import Regions, find_boxes, intersect
+from weightsync.planners.intersect import find_boxes, intersect
 
 __all__ = ["BucketWork", "Traffic", "bucket_work", "traffic_of"]
 
@@ -202,7 +202,11 @@ class _Grouped:
 class _Contents:
     """What sinks want of what sources hold: regions of the representatives of tensor classes."""
 
-    regions: Regions
+    box: IntArray
+    lo: IntArray
+    n: IntArray
+    step: IntArray
+    nbytes: IntArray
     sets: HolderSets
     rank: IntArray  # sink rank of each region
     dtype: IntArray  # sinks that store another dtype want other bytes
@@ -210,28 +214,36 @@ class _Contents:
 
     @classmethod
     def of(cls, plan: Plan) -> _Contents:
-        encoded, sink = plan.encoded, plan.sink
-        source = encoded.source
+        # Replicas that are alike want the same: what is found of one is repeated for the others.
+        sink, count = plan.sink.repeats or (plan.sink, 1)
+        encoded, source = plan.encoded, plan.encoded.source
         classes: TensorClasses = classify(source, sink, plan.tensor_in_source, encoded.table)
         boxes = find_boxes(classes, source, sink)
-        regions = intersect(classes, boxes, source, sink, encoded)
-        buffer = sink.pieces.buffer[regions.piece]
+        found = intersect(classes, boxes, source, sink, encoded)
+        of_all = dataclasses.replace(found, nbytes=found.nbytes * count)
+        buffer = sink.pieces.buffer[found.piece]
+        rank = sink.buffers.rank[buffer] + np.arange(count)[:, None] * len(sink.ranks)
         num_tensors = np.bincount(classes.of, minlength=len(classes.first))
+        region = np.tile(np.arange(len(buffer)), count)
         return cls(
-            regions=regions,
-            sets=find_holder_sets(classes, boxes, regions, np.zeros(len(classes.first), np.bool_)),
-            rank=sink.buffers.rank[buffer].astype(np.int64),
-            dtype=sink.buffers.dtype[buffer].astype(np.int64),
-            times=num_tensors[boxes.tclass[regions.box]],
+            box=found.box[region],
+            lo=found.lo[region],
+            n=found.n[region],
+            step=found.step[region],
+            nbytes=found.nbytes[region],
+            sets=find_holder_sets(classes, boxes, of_all, np.zeros(len(classes.first), np.bool_)),
+            rank=rank.reshape(-1).astype(np.int64),
+            dtype=sink.buffers.dtype[buffer].astype(np.int64)[region],
+            times=num_tensors[boxes.tclass[found.box]][region],
         )
 
     def group_bytes(self, group_of_rank: IntArray) -> _Grouped:
         """Return the bytes of each box that the sinks of each group want, overlaps counted once."""
-        regions, group = self.regions, group_of_rank[self.rank]
-        wanted, inverse = unique_rows([regions.box, group, self.dtype])
-        volume = union_volumes(inverse, len(wanted), regions.lo, regions.n, regions.step)
-        itemsize = regions.nbytes[wanted] // volume_of(regions.n[wanted])
-        return _Grouped(regions.box[wanted], group[wanted], volume * itemsize * self.times[wanted])
+        group = group_of_rank[self.rank]
+        wanted, inverse = unique_rows([self.box, group, self.dtype])
+        volume = union_volumes(inverse, len(wanted), self.lo, self.n, self.step)
+        itemsize = self.nbytes[wanted] // volume_of(self.n[wanted])
+        return _Grouped(self.box[wanted], group[wanted], volume * itemsize * self.times[wanted])
 
     def class_bytes(self, grouped: _Grouped) -> IntArray:
         return sum_by(self.sets.of[grouped.box], grouped.nbytes, len(self.sets.nbytes))

@@ -10,7 +10,14 @@ from weightsync.ir.dtypes import Dtype
 from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
 from weightsync.planners.rules.quantized import quantized_tensor
 
-__all__ = ["CORRECTION_BIAS", "EMBEDDING", "LM_HEAD", "canonical_dtypes", "canonical_tensors"]
+__all__ = [
+    "CORRECTION_BIAS",
+    "EMBEDDING",
+    "LM_HEAD",
+    "canonical_dtypes",
+    "canonical_tensors",
+    "layer_tensors",
+]
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -86,22 +93,28 @@ def _tensors(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
     yield EMBEDDING, (config.vocab_size, hidden)
     for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        if config.latent is None:
-            yield from _attention(prefix + "self_attn.", config)
-        else:
-            yield from _latent_attention(prefix + "self_attn.", config)
-        if config.model_type == "gpt_oss":
-            yield from _fused_experts(prefix + "mlp.", config)
-        elif config.is_sparse(layer):
-            yield from _experts(prefix, config)
-        else:
-            yield from _mlp(prefix + "mlp.", config, config.intermediate_size, bias=config.mlp_bias)
-        yield prefix + "input_layernorm.weight", (hidden,)
-        yield prefix + "post_attention_layernorm.weight", (hidden,)
+        yield from layer_tensors(config, layer)
     yield "model.norm.weight", (hidden,)
     if not config.tie_word_embeddings:
         yield LM_HEAD, (config.vocab_size, hidden)
+
+
+def layer_tensors(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+    """Yields name and shape of the tensors of one layer of the BF16 checkpoint."""
+    hidden = config.hidden_size
+    prefix = f"model.layers.{layer}."
+    if config.latent is None:
+        yield from _attention(prefix + "self_attn.", config)
+    else:
+        yield from _latent_attention(prefix + "self_attn.", config)
+    if config.model_type == "gpt_oss":
+        yield from _fused_experts(prefix + "mlp.", config)
+    elif config.is_sparse(layer):
+        yield from _experts(prefix, config)
+    else:
+        yield from _mlp(prefix + "mlp.", config, config.intermediate_size, bias=config.mlp_bias)
+    yield prefix + "input_layernorm.weight", (hidden,)
+    yield prefix + "post_attention_layernorm.weight", (hidden,)
 
 
 def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Iterator[tuple[str, Shape]]:

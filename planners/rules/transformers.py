@@ -13,10 +13,13 @@ from weightsync.planners.rules.canonical import (
     LM_HEAD,
     canonical_dtypes,
     canonical_tensors,
+    layer_tensors,
 )
 from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
 from weightsync.planners.rules.layout import Block, layer_blocks
 from weightsync.planners.rules.parts import Parameter, Part, rows, whole
+
+Shape = tuple[int, ...]
 
 __all__ = [
     "transformers_aliases",
@@ -25,7 +28,6 @@ __all__ = [
     "transformers_parameters",
 ]
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -100,52 +102,57 @@ def transformers_blocks(
     Yields:
         Blocks of parameters.
     """
-    by_layer = _by_layer(config)
     holds = {
         EMBEDDING: is_first or (is_last and config.tie_word_embeddings),
         "model.norm.weight": is_last,
         LM_HEAD: is_last,
     }
-    top = (parameter for parameter in by_layer[-1] if holds[parameter.name])
+    shapes = canonical_tensors(config)
+    top = (whole(name, name, shapes[name]) for name in holds if holds[name] and name in shapes)
     yield Block(tuple(cut(parameter) for parameter in top))
-    buffers = _buffers(config)
     layers = range(config.num_layers) if layers is None else layers
     yield from layer_blocks(
         config,
         layers,
         [f"model.layers.{layer}." for layer in layers],
-        lambda layer, _: (p if p.name in buffers else cut(p) for p in by_layer[layer]),
+        lambda layer, _: (
+            p if p.name.endswith(CORRECTION_BIAS) else cut(p) for p in _layer(config, layer)
+        ),
     )
 
 
-@lru_cache(maxsize=8)
-def _by_layer(config: ModelConfig) -> Mapping[int, tuple[Parameter, ...]]:
-    """Parameters and buffers by layer; what is in none under -1."""
-    found: dict[int, list[Parameter]] = {layer: [] for layer in range(-1, config.num_layers)}
-    for parameter in (*_parameters(config).values(), *_buffers(config).values()):
-        match = _LAYER.match(parameter.name)
-        found[int(match[1]) if match else -1].append(parameter)
-    return MappingProxyType({layer: tuple(held) for layer, held in found.items()})
+@lru_cache(maxsize=64)  # few are asked for: layers are alike
+def _layer(config: ModelConfig, layer: int) -> tuple[Parameter, ...]:
+    """Parameters and buffers of one layer."""
+    shapes = dict(layer_tensors(config, layer))
+    return (*_fused(config, shapes).values(), *_only_buffers(config, shapes).values())
 
 
 @lru_cache(maxsize=8)
 def _buffers(config: ModelConfig) -> Mapping[str, Parameter]:
-    dtypes = canonical_dtypes(config)
-    return MappingProxyType(
-        {
-            name: whole(name, name, shape, dtypes.get(name))
-            for name, shape in canonical_tensors(config).items()
-            if name.endswith(CORRECTION_BIAS)
-        }
-    )
+    return MappingProxyType(_only_buffers(config, canonical_tensors(config)))
 
 
 @lru_cache(maxsize=8)
 def _parameters(config: ModelConfig) -> Mapping[str, Parameter]:
+    return MappingProxyType(_fused(config, canonical_tensors(config)))
+
+
+def _only_buffers(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Parameter]:
+    dtypes = canonical_dtypes(config)
+    return {
+        name: whole(name, name, shape, dtypes.get(name))
+        for name, shape in shapes.items()
+        if name.endswith(CORRECTION_BIAS)
+    }
+
+
+def _fused(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Parameter]:
+    """Describe the parameters that hold some canonical tensors: experts in one per layer."""
     experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
     found: dict[str, Parameter] = {}
     fused: dict[str, list[Part]] = {}
-    for name, shape in canonical_tensors(config).items():
+    for name, shape in shapes.items():
         if name.endswith(CORRECTION_BIAS):
             continue  # a buffer
         match = _EXPERT.fullmatch(name)
@@ -160,4 +167,4 @@ def _parameters(config: ModelConfig) -> Mapping[str, Parameter]:
         is_down = name.endswith("down_proj")
         shape = (experts, hidden, width) if is_down else (experts, 2 * width, hidden)
         found[name] = Parameter(name, shape, tuple(parts))
-    return MappingProxyType(found)
+    return found

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import hull_elements
-from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, expand, take_rows
+from weightsync.ir.tables import MAX_DIMS, BoolArray, IntArray, all_dims, ranges, take_rows
 
 __all__ = ["BLOCK_ROWS", "Locator", "locate_rows"]
 
@@ -77,6 +77,8 @@ class Locator:
         self._length = length
         start = self._base[group] + pieces.offset
         self._order = np.argsort(start, kind="stable")
+        # Nearly all groups are one piece, which no search is needed for.
+        self._alone = np.where(np.bincount(group) == 1, first, -1)
         self._start = start[self._order]
         end = start + hull_elements(pieces.n, pieces.stride)
         self._reach = np.maximum.accumulate(end[self._order]) if len(end) else end
@@ -102,30 +104,31 @@ class Locator:
     ) -> tuple[IntArray, IntArray, IntArray]:
         """Locate one block of rows; see `locate_rows`."""
         num_rows = len(offset)
-        piece = np.full(num_rows, -1)
-        lo, step = np.zeros((2, num_rows, MAX_DIMS), np.int64)
         if not len(self._keys):
-            return piece, lo, step
+            lo, step = np.zeros((2, num_rows, MAX_DIMS), np.int64)
+            return np.full(num_rows, -1), lo, step
         key = self._key(buffer, tensor)
         group = np.minimum(np.searchsorted(self._keys, key), len(self._keys) - 1)
         inside = (self._keys[group] == key) & (offset >= 0) & (offset < self._length[group])
-        place = self._base[group] + np.where(inside, offset, 0)
+        candidate = np.where(inside, self._alone[group], -1)
+        near = np.flatnonzero(inside & (candidate < 0))
+        place = self._base[group[near]] + offset[near]
         last = np.searchsorted(self._start, place, side="right")
         first = np.searchsorted(self._reach, place, side="right")
-        # The piece that starts last before the row is nearly always it; interleaved pieces
-        # (gate and up rows) need a look at the others whose hulls contain the row.
-        rows = np.flatnonzero(inside & (last > first))
-        candidate = self._order[last[rows] - 1]
-        for _ in range(2):
-            fits, at, steps = self._invert(candidate, offset[rows], n[rows], stride[rows])
-            hit = rows[fits]
-            piece[hit], lo[hit], step[hit] = candidate[fits], at[fits], steps[fits]
-            rows = rows[~fits]
-            if not len(rows):
-                break
-            owner, local = expand(last[rows] - 1 - first[rows])
-            candidate = self._order[first[rows][owner] + local]
-            rows = rows[owner]
+        # The piece that starts last before the row is nearly always it.
+        candidate[near] = np.where(last > first, self._order[last - 1], -1)
+        fits, lo, step = self._invert(np.maximum(candidate, 0), offset, n, stride)
+        piece = np.where(fits, candidate, -1)
+        # Interleaved pieces (gate and up rows) need a look at the others whose hulls contain it.
+        missed = np.flatnonzero(~fits[near] & (last > first))
+        others = last[missed] - 1 - first[missed]
+        candidate = self._order[ranges(first[missed], others)]
+        rows = np.repeat(near[missed], others)
+        fits, at, steps = self._invert(
+            candidate, offset[rows], take_rows(n, rows), take_rows(stride, rows)
+        )
+        hit = rows[fits]
+        piece[hit], lo[hit], step[hit] = candidate[fits], at[fits], steps[fits]
         return piece, lo, step
 
     def _invert(

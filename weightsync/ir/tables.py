@@ -26,6 +26,7 @@ __all__ = [
     "distinct",
     "expand",
     "front_pad",
+    "ranges",
     "starts_of",
     "sum_by",
     "take_rows",
@@ -178,6 +179,17 @@ def expand(counts: IntArray) -> tuple[IntArray, IntArray]:
     local = np.arange(starts[-1])
     local -= starts[owner]
     return owner, local
+
+
+def ranges(start: IntArray, counts: IntArray) -> IntArray:
+    """Return the numbers from `start[i]` on, `counts[i]` of them, one range after the other.
+
+    `ranges([7, 1, 4], [2, 0, 1])` is `[7, 8, 4]`.
+    """
+    end = np.cumsum(counts)
+    numbers = np.repeat(start - (end - counts), counts)
+    numbers += np.arange(len(numbers))
+    return numbers
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

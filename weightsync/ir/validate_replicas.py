@@ -12,7 +12,7 @@ from weightsync.ir import validate
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.plan import BucketTable, ChunkTable, Plan, RowKind, RowTable, Shares
 from weightsync.ir.repeat import relabelled
-from weightsync.ir.tables import IntArray, Table, expand, starts_of
+from weightsync.ir.tables import IntArray, Table, ranges, starts_of
 
 __all__ = ["first_replica", "prove"]
 
@@ -123,13 +123,11 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
     # In the order of the whole, which is sorted by sender, hops last.
     chunks_of = buckets.chunk_hi[first] - buckets.chunk_lo[first]
     rows_of = base_chunks.row_hi - base_chunks.row_lo
-    bucket, _ = expand(chunks_of)
-    chunk, _ = expand(rows_of)
     chunk_start, row_start = starts_of(chunks_of), starts_of(rows_of)
     constants = np.flatnonzero(plan.sink.buffers.rank[rows.dst_buffer] < len(base.ranks))
     constants = constants[constants >= plan.num_sent]
     fixed = rows.take(constants)
-    sent = dataclasses.replace(base_rows, chunk=chunk.astype(np.int32))
+    sent = dataclasses.replace(base_rows, chunk=_owners(rows_of))
     proven = dataclasses.replace(
         plan,
         sink=base,
@@ -142,7 +140,7 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
             staging_bytes=buckets.staging_bytes[first],
         ),
         chunks=ChunkTable(
-            bucket=bucket.astype(np.int32),
+            bucket=_owners(chunks_of),
             number=base_chunks.number,
             dst_offset=base_chunks.dst_offset,
             nbytes=base_chunks.nbytes,
@@ -172,11 +170,14 @@ def _equal_parts(order: IntArray, counts: IntArray) -> list[IntArray]:
     return np.split(order, len(counts))
 
 
+def _owners(counts: IntArray) -> NDArray[np.int32]:
+    """Number of the range that each element is in, of ranges with the given lengths."""
+    return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+
 def _members(lo: IntArray, hi: IntArray, ids: IntArray) -> IntArray:
     """Numbers in the ranges of some rows, one range after the other."""
-    owner, local = expand(hi[ids] - lo[ids])
-    members: IntArray = lo[ids][owner] + local
-    return members
+    return ranges(lo[ids], hi[ids] - lo[ids])
 
 
 def _alike(table: Table, ids: IntArray, wanted: Table, names: tuple[str, ...]) -> bool:
