@@ -12,7 +12,7 @@ import numpy as np
 
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import CONSTANT, intersect_progressions
-from weightsync.ir.plan import Plan, RowKind
+from weightsync.ir.plan import Plan
 from weightsync.ir.tables import (
     MAX_DIMS,
     BoolArray,
@@ -106,18 +106,16 @@ def bucket_work(plan: Plan) -> BucketWork:
     Cost: a few passes over the row columns.
     """
     rows, chunks, buckets = plan.rows, plan.chunks, plan.buckets
-    is_hop = rows.kind == RowKind.HOP
-    itemsize = plan.sink.buffers.itemsize[rows.dst_buffer]
-    local = np.flatnonzero((rows.src_buffer >= 0) & ~is_hop)  # hops read what a sink has stored
-    itemsize[local] = plan.source.buffers.itemsize[rows.src_buffer[local]]
-    moved = np.where(rows.chunk >= 0, volume_of(plan.nests.n)[rows.nest] * itemsize, 0)
-    read = _sum_ranges(moved, chunks.row_lo, chunks.row_hi)
-    hops = _sum_ranges(is_hop.astype(np.int64), chunks.row_lo, chunks.row_hi)
+    own, copies = slice(plan.num_direct_rows), slice(plan.num_sent)
+    itemsize = plan.sink.buffers.itemsize[rows.dst_buffer[copies]]  # hops read what sinks store
+    itemsize[own] = plan.source.buffers.itemsize[rows.src_buffer[own]]
+    itemsize *= volume_of(plan.nests.n)[rows.nest[copies]]
+    read = _sum_ranges(itemsize, chunks.row_lo, chunks.row_hi)
     pack = np.where(chunks.is_packed, read + chunks.nbytes, 0)
     digest = np.where(chunks.is_packed, 0, chunks.nbytes)
     lo, hi = buckets.chunk_lo, buckets.chunk_hi
     return BucketWork(
-        is_hop=_sum_ranges(hops, lo, hi) > 0,
+        is_hop=np.arange(len(buckets)) >= plan.num_direct,
         num_writes=hi - lo,
         read_bytes=_sum_ranges(read, lo, hi),
         pack_bytes=_sum_ranges(pack, lo, hi),

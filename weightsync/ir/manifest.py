@@ -162,8 +162,8 @@ class Manifest:
         last = int(np.searchsorted(self.buffers.rank, rank, side="right")) - 1
         if last < 0 or self.buffers.rank[last] != rank:
             return 0
-        numel = int(self.buffers.numel[last]) * int(self.buffers.itemsize[last])
-        return int(self.arena_offset_bytes[last]) + numel
+        nbytes = int(self.buffers.numel[last]) * int(ITEMSIZE[self.buffers.dtype[last]])
+        return int(self.arena_offset_bytes[last]) + nbytes
 
     def buffers_of(self, rank: int) -> IntArray:
         """Return the indices of a rank's buffers, in order."""
@@ -242,19 +242,20 @@ class Manifest:
             if manifest.side != side:
                 label = ", ".join(manifest.ranks)
                 raise LayoutError(f"{label} is a {manifest.side}, not a {side}", rank=label)
-        names = sorted(set().union(*(m.tensors.names for m in manifests)))
+        # Ranks of one mesh name the same tensors, or those of few different parts.
+        ids_of = {m.tensors.names: np.zeros(0, np.int64) for m in manifests}
+        names = sorted(set().union(*ids_of))
         shape = np.zeros((len(names), MAX_DIMS), np.int64)
         ndim = np.zeros(len(names), np.uint8)
         owner = np.full(len(names), -1)
         number = {name: i for i, name in enumerate(names)}
+        for held in ids_of:
+            ids_of[held] = np.array([number[name] for name in held], np.int64)
         pieces, encodings = [], []
-        last: tuple[tuple[str, ...], IntArray] = ((), np.zeros(0, np.int64))
         num_ranks = num_buffers = 0
         for position, manifest in enumerate(manifests):
             table = manifest.tensors
-            if table.names != last[0]:  # ranks of one mesh nearly always name the same tensors
-                last = (table.names, np.array([number[name] for name in table.names], np.int64))
-            ids = last[1]
+            ids = ids_of[table.names]
             known = owner[ids] >= 0
             differs = (shape[ids] != table.shape).any(axis=1) | (ndim[ids] != table.ndim)
             for clash in np.flatnonzero(known & differs)[:1]:
