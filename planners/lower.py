@@ -121,9 +121,7 @@ class Memory:
         # One unused element after each buffer keeps neighbours in different buffers apart.
         base = starts_of(sink.buffers.numel + 1)
         self._base, self._length = base[:-1], int(base[-1])
-        # Elements of codes that share a scale; few sizes, `(cells, 4)`, and that of each tensor.
-        first, self.cell_of = unique_rows([encoded.cell])
-        self.cells = encoded.cell[first]
+        self.cells, self.cell_of = encoded.cells, encoded.cell_of
 
     def line(self, rows: CopyTable) -> IntArray:
         """Return where each copy's destination starts, on one line per source rank."""

@@ -36,19 +36,18 @@ def greedy_cuts(is_first: BoolArray, limits: Sequence[tuple[IntArray, int]]) -> 
     Cost: one vectorised step over all runs per part of the longest run.
     """
     num = len(is_first)
-    run_start = np.flatnonzero(is_first)
-    run_end = np.append(run_start[1:], num)[np.cumsum(is_first) - 1]
-    following = run_end
-    for totals, limit in limits:
-        reach = np.searchsorted(totals, totals[:-1] + limit, side="right") - 1
-        following = np.minimum(following, reach)
-    following = np.maximum(following, np.arange(1, num + 1))
     begins = np.zeros(num, np.bool_)
-    frontier = run_start
+    frontier = np.flatnonzero(is_first)  # where a part begins in each run that is not at its end
+    end = np.append(frontier[1:], num)
     while len(frontier):
         begins[frontier] = True
-        advanced = following[frontier]
-        frontier = advanced[advanced < run_end[frontier]]
+        following = end
+        for totals, limit in limits:
+            reach = np.searchsorted(totals, totals[frontier] + limit, side="right") - 1
+            following = np.minimum(following, reach)
+        following = np.maximum(following, frontier + 1)
+        goes_on = following < end
+        frontier, end = following[goes_on], end[goes_on]
     return np.flatnonzero(begins)
 
 

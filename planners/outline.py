@@ -75,7 +75,7 @@ class Outline:
         classes, boxes = inputs.classes, inputs.boxes
         like = classes.tensor[classes.first]
         election = choose.elect(
-            classes, boxes, inputs.regions, inputs.sets, shares, inputs.encoded.cell[like]
+            classes, boxes, inputs.regions, inputs.sets, shares, inputs.encoded.cell(like)
         )
         if len(inputs.encoded.table):
             shapes = inputs.sink.tensors.shape[like]
@@ -133,7 +133,7 @@ class Outline:
         is_relayed = np.zeros(len(stamped.tensor), np.bool_)
         fans = Fans.empty()
         if sharing.is_used:
-            cell = inputs.encoded.cell[classes.tensor]
+            cell = inputs.encoded.cell(classes.tensor)
             stamped, place = spread(stamped, sharing, inputs.sink, cell)
             fans, fan = find_fans(stamped, place, sharing, classes, inputs.sink)
             pattern = np.full(len(stamped.tensor), -1)

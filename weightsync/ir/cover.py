@@ -39,6 +39,7 @@ _PRIME: Final = 2**61 - 1
 # The first 61 bits of sha256(b"weightsync cover 0") and of b"weightsync cover 1": points that
 # nobody chose. Fixed, so that a plan is accepted or refused alike everywhere.
 _POINTS: Final = (0x1974EAF19072591B, 0x1C91D17BEC8B6696)
+_BLOCK: Final = 1 << 14  # rows at a time: a dozen temporaries stay in the L2 cache
 _WINDOW: Final = 11  # bits per power table: 2048 entries stay in the L1 cache
 
 
@@ -101,14 +102,20 @@ def _geometric(powers: _Powers, n: IntArray, stride: IntArray) -> _U64:
     return np.where(n > 1, series, one)
 
 
-def _sum_by(group: IntArray, values: _U64, num_groups: int) -> _U64:
-    """Sum values below 2**61 per group modulo the prime; at most 2**31 rows."""
-    low = np.zeros(num_groups, np.uint64)
-    high = np.zeros(num_groups, np.uint64)
-    np.add.at(low, group, values & np.uint64(2**31 - 1))
-    np.add.at(high, group, values >> np.uint64(31))
-    shift = np.full(num_groups, 2**31, np.uint64)
-    return _reduce(_multiply(_reduce(high), shift) + _reduce(low))
+class _Sums:
+    """Sums of values below 2**61 per group modulo the prime; at most 2**31 values."""
+
+    def __init__(self, num_groups: int) -> None:
+        self._low = np.zeros(num_groups, np.uint64)
+        self._high = np.zeros(num_groups, np.uint64)
+
+    def add(self, group: IntArray, values: _U64) -> None:
+        np.add.at(self._low, group, values & np.uint64(2**31 - 1))
+        np.add.at(self._high, group, values >> np.uint64(31))
+
+    def total(self) -> _U64:
+        shift = np.full(len(self._high), 2**31, np.uint64)
+        return _reduce(_multiply(_reduce(self._high), shift) + _reduce(self._low))
 
 
 def covers_once(
@@ -154,8 +161,12 @@ def covers_once(
         factor = series[:, 0]
         for dim in range(1, MAX_DIMS):
             factor = _multiply(factor, series[:, dim])
-        terms = _multiply(powers(np.where(bad, 0, offset)), factor[nest])
-        total = _sum_by(buffer, terms, num_buffers)
+        sums = _Sums(num_buffers)
+        for start in range(0, len(buffer), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            terms = _multiply(powers(np.where(bad[rows], 0, offset[rows])), factor[nest[rows]])
+            sums.add(buffer[rows], terms)
+        total = sums.total()
         expected = _geometric(powers, np.maximum(numel, 1), np.ones_like(numel))
         good &= (total == expected) | (numel == 0)
     return good

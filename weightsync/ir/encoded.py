@@ -28,14 +28,20 @@ class Encoded:
         table: The sink's encodings that sources must make, a part of its own.
         dtype: `Dtype` of the sink's tensors that are codes or scales of them; -1 of others,
             `(T_sink,)`.
-        cell: Elements of codes that share a scale, of the sink's tensors; 1 of others, `(T_sink,
-            4)`.
+        cells: Elements of codes that share a scale, by recipe, `(1 + recipes, 4)`; the first row is
+            for what is not encoded, one element.
+        cell_of: Row of `cells` of each of the sink's tensors, `(T_sink,)`.
     """
 
     source: Manifest
     table: EncodingTable
     dtype: IntArray
-    cell: IntArray
+    cells: IntArray
+    cell_of: IntArray
+
+    def cell(self, tensors: NDArray[Any]) -> IntArray:
+        """Return the elements that share a scale, of some of the sink's tensors, `(N, 4)`."""
+        return self.cells[self.cell_of[tensors]]
 
     @classmethod
     def of(cls, source: Manifest, sink: Manifest) -> Encoded:
@@ -45,7 +51,8 @@ class Encoded:
             LayoutError: A source holds a part of a cell whose codes cannot be made apart.
         """
         dtype = np.full(len(sink.tensors), -1)
-        cell = np.ones((len(sink.tensors), MAX_DIMS), np.int64)
+        cells = front_pad([(), *(recipe.codes_cell for recipe in RECIPES)], 1)
+        cell_of = np.zeros(len(sink.tensors), np.int64)
         index, names = source.tensors.index, sink.tensors.names
         rows = [
             row
@@ -56,13 +63,13 @@ class Encoded:
         ]
         table = sink.encodings.take(np.array(rows, np.int64))
         if not rows:
-            return cls(source, table, dtype, cell)
+            return cls(source, table, dtype, cells, cell_of)
         for number, recipe in enumerate(RECIPES):
             mine = table.recipe == number
             dtype[table.codes[mine]] = recipe.codes_dtype
             dtype[table.scales[mine]] = recipe.scales_dtype
-            cell[table.codes[mine]] = front_pad([recipe.codes_cell], 1)
-        return cls(_with_made(source, sink, table), table, dtype, cell)
+            cell_of[table.codes[mine]] = 1 + number
+        return cls(_with_made(source, sink, table), table, dtype, cells, cell_of)
 
 
 def made_rows(

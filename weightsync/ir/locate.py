@@ -59,6 +59,17 @@ def locate_rows(
     return piece, lo, step
 
 
+def _ascends(n: IntArray, stride: IntArray) -> BoolArray:
+    """Whether some dim of each piece has a wider stride than one before it."""
+    ascends = np.zeros(len(n), np.bool_)
+    last = np.full(len(n), _BEYOND)
+    for dim in range(MAX_DIMS):
+        is_wide = n[:, dim] > 1
+        ascends |= is_wide & (stride[:, dim] > last)
+        last = np.where(is_wide, stride[:, dim], last)
+    return ascends
+
+
 class Locator:
     """The pieces of a manifest, sorted for `locate_rows`; for callers that go block by block.
 
@@ -83,12 +94,15 @@ class Locator:
         end = start + hull_elements(pieces.n, pieces.stride)
         self._reach = np.maximum.accumulate(end[self._order]) if len(end) else end
         # Dims from the widest stride to the narrowest: digits of an offset, most significant first.
-        # A dim of one element gets a width that no offset reaches, so that its digit is 0.
-        width = np.where(pieces.n > 1, pieces.stride, _BEYOND)
-        self._digits = np.argsort(-width, axis=1, kind="stable")
-        self._places = np.argsort(self._digits, axis=1, kind="stable")
-        self._width = np.take_along_axis(width, self._digits, axis=1)
-        self._is_ordered = bool((self._digits == np.arange(MAX_DIMS)).all())
+        # A dim of one element gets a width that no offset reaches: its digit is 0 wherever it is.
+        self._width = np.where(pieces.n > 1, pieces.stride, _BEYOND)
+        turned = np.flatnonzero(_ascends(pieces.n, pieces.stride))  # transposes: few, if any
+        self._places: IntArray | None = None  # of the dims among the digits; None: in their order
+        if len(turned):
+            digits = np.argsort(-self._width[turned], axis=1, kind="stable")
+            self._width[turned] = np.take_along_axis(self._width[turned], digits, axis=1)
+            self._places = np.tile(np.arange(MAX_DIMS), (len(pieces), 1))
+            self._places[turned] = np.argsort(digits, axis=1, kind="stable")
 
     def _key(self, buffer: NDArray[Any], tensor: NDArray[Any] | None) -> IntArray:
         wide = buffer.astype(np.int64)
@@ -147,7 +161,7 @@ class Locator:
             digit = rest // width[:, dim]
             rest -= digit * width[:, dim]
             index[:, dim] = digit
-        if not self._is_ordered:
+        if self._places is not None:
             index = np.take_along_axis(index, take_rows(self._places, candidate), axis=1)
         # Rows step over the elements of a piece: by its stride or a multiple of it.
         many = n > 1

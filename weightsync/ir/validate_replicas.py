@@ -41,7 +41,7 @@ def prove(plan: Plan, known: str | None = None) -> str:
     """
     base, count = plan.sink.repeats or (plan.sink, 1)
     proven, found = plan, ""
-    is_one_of_many = plan.sink.repeats is not None or known is not None
+    is_one_of_many = count > 1 or known is not None
     if is_one_of_many and not _has_relays(plan, len(base.ranks)):
         validate.check_nests(plan)
         validate.check_tiling(plan)
