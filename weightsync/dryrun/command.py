@@ -75,8 +75,9 @@ def run_plan(command: PlanCommand, console: Console) -> dict[str, Any]:
     targets = [path.resolve() for path in (command.out, command.page, command.trace) if path]
     if len(set(targets)) < len(targets):
         raise ConfigError("--out, --report and --trace name the same file; give each its own")
-    dry_run = read_choices(choose(command.overrides, command.config_dir))
     stderr = Console(stderr=True)
+    with uncollected():
+        dry_run = read_choices(choose(command.overrides, command.config_dir))
     with stderr.status("planning") as status, _overrides_named(), uncollected():
         report = dry_run.run(status.update)
         files: tuple[tuple[str, Path | None, Callable[[Path], None]], ...] = (
