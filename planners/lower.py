@@ -140,7 +140,8 @@ class Memory:
 def _is_straight(nests: NestTable) -> BoolArray:
     """Whether copies of each nest are one contiguous run on both sides."""
     straight = all_dims(nests.src_stride == nests.dst_stride)
-    return straight & (hull_elements(nests.n, nests.dst_stride) == volume_of(nests.n))
+    straight &= hull_elements(nests.n, nests.dst_stride) == volume_of(nests.n)
+    return straight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,8 @@ class _Kinds:
         dtype, num = memory.dst_dtype[rows.dst_buffer].astype(np.int64), len(memory.cells)
         sort = (dtype * num + memory.cell_of[rows.tensor]) * 2 + memory.keeps_dtype(rows)
         sorts, sort = distinct(sort, int(sort.max(initial=-1)) + 1)
-        kinds, of = distinct(rows.nest * len(sorts) + sort, len(nests) * len(sorts))
+        sort += rows.nest.astype(np.int64) * len(sorts)
+        kinds, of = distinct(sort, len(nests) * len(sorts))
         nest, sort = np.divmod(kinds, max(len(sorts), 1))
         keeps_dtype = sorts[sort] % 2 > 0
         mine = nests.take(nest)

@@ -1,9 +1,9 @@
 """plan_transfer: from the manifests of both sides to a validated plan.
 
 Stages: encode -> classify -> find boxes -> intersect -> share -> choose -> stamp -> spread ->
-lower -> order. `share` and `spread` are about sinks that pass on what they received. All up to
-`spread` is the outline (`outline.py`); `lower` works on blocks of whole source ranks, so that
-temporaries stay small whatever the size of the plan, and one rank can be planned alone.
+lower -> order -> assemble. `share` and `spread` are about sinks that pass on what they received.
+All up to `spread` is the outline (`outline.py`); `lower` works on blocks of whole source ranks, so
+that temporaries stay small whatever the size of the plan, and one rank can be planned alone.
 """
 
 from __future__ import annotations

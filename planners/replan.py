@@ -97,8 +97,8 @@ class PlanMemory:
             forgotten, rows first.
 
     Memory: the merged manifests, which the plan has, too; boxes and regions of one tensor of each
-    kind; the rows of one replica, about 120 bytes each. Kimi-K2 from 256 sources to replicas of 32
-    ranks: 0.2 to 0.3 GiB, however many replicas there are. Plans are not kept.
+    kind; the rows of one replica, about 80 bytes each. Kimi-K2 from 256 sources to replicas of 32
+    ranks: 0.2 GiB, however many replicas there are. Plans are not kept.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:

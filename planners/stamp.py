@@ -62,7 +62,7 @@ class Stamped:
         first, kind = unique_rows([region, member, self.dst_piece[rows]])
         lo, n, step = (take_rows(c, region[first]) for c in (self.lo, self.n, self.step))
         columns: dict[str, NDArray[Any]] = {}
-        strides: dict[str, IntArray] = {}
+        strides: dict[str, NDArray[Any]] = {}
         for side, manifest, like, start in (
             ("src", source, boxes.member_piece[member], classes.src_start),
             ("dst", sink, self.dst_piece[rows], classes.dst_start),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from support.clusters import cluster
 from support.hop_fleets import corrupted, hop_options, replicated
 from support.oracle import moves_exactly
 from weightsync.errors import PlanError, WeightSyncError
-from weightsync.ir import Manifest, Plan
+from weightsync.ir import Manifest, Plan, cover, validate
+from weightsync.ir.plan import RowTable
+from weightsync.planners import assemble, planner
 from weightsync.planners.cluster import Cluster
 from weightsync.planners.planner import plan_transfer, solve_shares
 from weightsync.planners.predict import predict
@@ -45,6 +48,28 @@ def test_what_is_passed_on_arrives_exactly_once(seed: int) -> None:
     assert np.concatenate(own).tolist() == list(range(len(plan.buckets)))
     if plan.options.node_dedup == "off" and plan.options.relays == "off":
         assert len(hops) == 0
+
+
+@settings(max_examples=scaled(40, 1000), deadline=None)
+@given(seeds, st.integers(1, 5))
+def test_plans_are_made_and_proven_alike_in_blocks_of_any_size(seed: int, size: int) -> None:
+    plan = _planned(seed)
+    with (
+        mock.patch.object(planner, "_BLOCK", size),
+        mock.patch.object(assemble, "_BLOCK", size),
+        mock.patch.object(cover, "_BLOCK", size),
+        mock.patch.object(validate, "BLOCK_ROWS", size),
+    ):
+        assert _planned(seed) == plan
+        with pytest.raises(WeightSyncError):
+            dataclasses.replace(plan, rows=_one_further(plan)).validate()
+
+
+def _one_further(plan: Plan) -> RowTable:
+    """Let the last row that is sent write one element further on."""
+    offset = plan.rows.dst_offset.copy()
+    offset[plan.num_sent - 1] += 1
+    return dataclasses.replace(plan.rows, dst_offset=offset)
 
 
 @settings(max_examples=scaled(60, 2000), deadline=None)

@@ -18,8 +18,8 @@ from weightsync.errors import ConfigError, LayoutError
 from weightsync.ir import Manifest, locate_rows
 from weightsync.ir.cover import covers_once
 from weightsync.ir.encoded import Encoded
-from weightsync.ir.pieces import intersect_progressions, is_nested
-from weightsync.ir.tables import expand, front_pad, unique_rows, unique_runs
+from weightsync.ir.pieces import PieceTable, intersect_progressions, is_nested, sorted_pieces
+from weightsync.ir.tables import distinct, expand, front_pad, ranges, unique_rows, unique_runs
 
 progressions = st.tuples(st.integers(0, 40), st.integers(1, 12), st.integers(1, 9))
 rows = st.tuples(
@@ -174,6 +174,42 @@ def test_unique_runs_finds_equal_lists(lists: list[list[int]]) -> None:
     owner, local = expand(counts)
     assert [(o, i) for o, values in enumerate(lists) for i in range(len(values))] == list(
         zip(owner.tolist(), local.tolist(), strict=True)
+    )
+    start = np.arange(len(lists)) * 10
+    assert ranges(start, counts).tolist() == [10 * o + i for o, i in zip(owner, local, strict=True)]
+
+
+@settings(max_examples=scaled(40, 500))
+@given(st.lists(st.integers(0, 9)))
+def test_distinct_values_are_numbered_in_order(values: list[int]) -> None:
+    found, number = distinct(np.array(values, np.int64), 10)
+    assert found.tolist() == sorted(set(values))
+    assert found[number].tolist() == values
+
+
+@settings(max_examples=scaled(40, 1000))
+@given(st.integers(0, 2**32 - 1))
+def test_pieces_of_several_tables_are_sorted_by_all_that_tells_them_apart(seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [[rng.randint(0, 1) for _ in range(19)] for _ in range(rng.randint(1, 12))]
+    made = sorted_pieces(*(_pieces(rows[first : first + 3]) for first in range(0, len(rows), 3)))
+    names = ("tensor", "buffer", "lo", "offset", "n", "step", "stride")
+    columns = [getattr(made, name).reshape(len(rows), -1) for name in names]
+    assert np.concatenate(columns, axis=1).tolist() == sorted(rows)
+
+
+def _pieces(rows: list[list[int]]) -> PieceTable:
+    """Make pieces of numbers in the order of their significance."""
+    columns = np.array(rows, np.int64)
+    return PieceTable(
+        tensor=columns[:, 0].astype(np.int32),
+        buffer=columns[:, 1].astype(np.int32),
+        lo=columns[:, 2:6],
+        offset=columns[:, 6],
+        n=columns[:, 7:11],
+        step=columns[:, 11:15],
+        stride=columns[:, 15:19],
+        fill=np.zeros(len(rows)),
     )
 
 

@@ -15,6 +15,7 @@ from support.oracle import moves_exactly
 from support.scenarios import random_scenario
 from weightsync.errors import WeightSyncError
 from weightsync.ir import Plan, Shares
+from weightsync.planners.order import greedy_cuts
 from weightsync.planners.planner import plan_transfer, solve_shares
 
 seeds = st.integers(0, 2**32 - 1)
@@ -112,3 +113,25 @@ def test_digests_are_equal_exactly_if_plans_are(first: int, second: int) -> None
     roomier = dataclasses.replace(plan.options, max_rows=plan.options.max_rows + 1)
     assert plan_transfer(plan.source, plan.sink, roomier) != plan
     assert plan_transfer(plan.source, plan.sink, plan.options) == plan
+
+
+@settings(max_examples=scaled(100, 3000))
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.integers(0, 9)), max_size=30),
+    st.integers(1, 20),
+    st.integers(1, 20),
+)
+def test_runs_are_cut_as_late_as_limits_allow(
+    items: list[tuple[bool, int, int]], most: int, also: int
+) -> None:
+    wanted: list[int] = []
+    sums = (0, 0)
+    for place, (begins, one, other) in enumerate(items):
+        sums = sums[0] + one, sums[1] + other
+        if begins or not place or sums[0] > most or sums[1] > also:
+            wanted.append(place)
+            sums = one, other
+    is_first = np.array([begins or not place for place, (begins, *_) in enumerate(items)], bool)
+    totals = [np.cumsum([0, *(item[k] for item in items)]) for k in (1, 2)]
+    found = greedy_cuts(is_first, [(totals[0], most), (totals[1], also)])
+    assert found.tolist() == wanted

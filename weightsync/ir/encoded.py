@@ -41,7 +41,8 @@ class Encoded:
 
     def cell(self, tensors: NDArray[Any]) -> IntArray:
         """Return the elements that share a scale, of some of the sink's tensors, `(N, 4)`."""
-        return self.cells[self.cell_of[tensors]]
+        cells: IntArray = self.cells[self.cell_of[tensors]]
+        return cells
 
     @classmethod
     def of(cls, source: Manifest, sink: Manifest) -> Encoded:
