@@ -169,10 +169,10 @@ def predict(
     Raises:
         PlanBudgetError: A bucket needs more staging than the budget.
 
-    Cost: 7 us a bucket on one core, 40 us in small plans. Plans of more than 4000 buckets are worked
-    out in about 2000 steps (see `Wire`). Eight times as many change what is predicted by 0.01 to
-    0.2 percent; smaller plans differ from an exact run by about 1 percent: so much as rounding does
-    there, since equal buckets meet in many ties.
+    Cost: 7 us a bucket on one core, 40 us in small plans. Plans of more than 4000 buckets are
+    worked out in about 2000 steps (see `Wire`). Eight times as many change what is predicted by
+    0.01 to 0.2 percent; smaller plans differ from an exact run by about 1 percent: so much as
+    rounding does there, since equal buckets meet in many ties.
     """
     work = bucket_work(plan) if work is None else work
     num_sources, num_sinks = len(plan.source.ranks), len(plan.sink.ranks)
