@@ -1,7 +1,7 @@
 """Assemble a plan's tables: rows and chunks of all replicas in the order of the buckets.
 
 The last stage, and the only one that handles every row of the plan. It goes block by block, so that
-beside the tables themselves it needs memory for one block only.
+beside the tables themselves it needs memory for one block and for columns of one replica only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from weightsync.planners.replan import Prepared
 
 __all__ = ["assemble", "check_rows", "constants_of"]
 
-_BLOCK: Final = 1 << 16  # chunks at a time
+_BLOCK: Final = 1 << 16  # rows at a time, rounded up to whole chunks
 
 Constants = tuple[RowTable, NestTable]
 Columns = dict[str, NDArray[Any]]
@@ -62,14 +62,15 @@ def assemble(
     before["kind"] = np.where(made, np.uint8(RowKind.ENCODE), np.uint8(RowKind.COPY))
     num_buffers = len(inputs.sink.buffers)
     direct = int(np.searchsorted(cut.bucket, int(np.count_nonzero(cut.sender < 0))))
-    for block in _blocks(direct, num_chunks):
+    for block in _blocks(row_start, direct):
         like = cut.order[block]
         owner, local = expand(np.diff(row_start[block.start : block.stop + 1]))
         index = lowered.row_start[like][owner] + local
         to = slice(row_start[block.start], row_start[block.stop])
         mine = {name: column[to] for name, column in rows.items()}
         for name, column in before.items():
-            np.take(column, index, out=mine[name], mode="clip")  # which writes into `out` itself
+            # The other modes go through a buffer; indices are right by construction.
+            np.take(column, index, out=mine[name], mode="clip")
         mine["chunk"][:] = owner + block.start
         bucket = cut.bucket[block]
         buffer, offset = lowered.dst_buffer[like], lowered.dst_offset[like]
@@ -135,11 +136,14 @@ def _empty(table: type[RowTable] | type[ChunkTable], num: int) -> Columns:
     return {name: np.empty(num, dtype) for name, (dtype, _) in table.COLUMNS.items()}
 
 
-def _blocks(direct: int, num_chunks: int) -> Iterator[slice]:
+def _blocks(row_start: IntArray, direct: int) -> Iterator[slice]:
     """Yield ranges of chunks: first those of sources, then those that sinks pass on."""
-    for first, last in (0, direct), (direct, num_chunks):
-        for start in range(first, last, _BLOCK):
-            yield slice(start, min(start + _BLOCK, last))
+    start, num_chunks = 0, len(row_start) - 1
+    while start < num_chunks:
+        stop = int(np.searchsorted(row_start, row_start[start] + _BLOCK))
+        stop = min(stop, direct if start < direct else num_chunks)
+        yield slice(start, stop)
+        start = stop
 
 
 def _joined(parts: list[NestTable], nest: NDArray[np.int32]) -> NestTable:

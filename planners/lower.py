@@ -109,6 +109,12 @@ class Memory:
     Args:
         encoded: The sources.
         sink: Merged manifest.
+
+    Attributes:
+        src_rank: Rank of each source buffer.
+        dst_dtype, itemsize: `Dtype` and bytes of an element of each sink buffer.
+        cells, cell_of: As in `Encoded`.
+        names: Of the sink's tensors.
     """
 
     def __init__(self, encoded: Encoded, sink: Manifest) -> None:
@@ -173,14 +179,17 @@ class _Kinds:
     @classmethod
     def of_copies(cls, copies: Copies, memory: Memory) -> _Kinds:
         rows, nests = copies.rows, copies.nests
-        # Types and cells are few, so that few combinations are counted through.
-        dtype, num = memory.dst_dtype[rows.dst_buffer].astype(np.int64), len(memory.cells)
-        sort = (dtype * num + memory.cell_of[rows.tensor]) * 2 + memory.keeps_dtype(rows)
-        sorts, sort = distinct(sort, int(sort.max(initial=-1)) + 1)
-        sort += rows.nest.astype(np.int64) * len(sorts)
-        kinds, of = distinct(sort, len(nests) * len(sorts))
-        nest, sort = np.divmod(kinds, max(len(sorts), 1))
-        keeps_dtype = sorts[sort] % 2 > 0
+        # What matters besides the nest: type and cell at the sink, and whether the type is kept.
+        dtype, num_cells = memory.dst_dtype[rows.dst_buffer].astype(np.int64), len(memory.cells)
+        trait = (dtype * num_cells + memory.cell_of[rows.tensor]) * 2 + memory.keeps_dtype(rows)
+        traits, trait = distinct(trait, int(trait.max(initial=-1)) + 1)
+        keys, of = distinct(
+            rows.nest.astype(np.int64) * len(traits) + trait, len(nests) * len(traits)
+        )
+        nest, number = np.divmod(keys, max(len(traits), 1))
+        mine_traits = traits[number]
+        dtype, cell = np.divmod(mine_traits // 2, num_cells)
+        keeps_dtype = mine_traits % 2 > 0
         mine = nests.take(nest)
         return cls(
             of=of,
@@ -188,10 +197,10 @@ class _Kinds:
             n=mine.n,
             src_stride=mine.src_stride,
             dst_stride=mine.dst_stride,
-            itemsize=ITEMSIZE[sorts[sort] // (2 * num)],
+            itemsize=ITEMSIZE[dtype],
             keeps_dtype=keeps_dtype,
             is_straight=_is_straight(mine) & keeps_dtype,
-            cell=memory.cells[sorts[sort] // 2 % num],
+            cell=memory.cells[cell],
             order=np.argsort(np.where(mine.n > 1, mine.dst_stride, 0), axis=1, kind="stable"),
         )
 

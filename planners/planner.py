@@ -35,7 +35,9 @@ from weightsync.planners.replan import PlanMemory, Prepared
 
 __all__ = ["RankProgram", "plan_rank", "plan_transfer", "solve_shares"]
 
-_BLOCK: Final = 1 << 16  # regions lowered at a time, rounded up to whole source ranks
+# Regions lowered at a time, rounded up to whole source ranks. A part of every digest: where chunks
+# are passed on, nests are numbered in the order of the blocks.
+_BLOCK: Final = 1 << 16
 
 
 def plan_transfer(

@@ -39,8 +39,8 @@ Floats = NDArray[np.float64]
 Mode = Literal["staged", "in_place"]
 
 STAGES: Final = ("read", "cast", "write", "wire", "verify")
-_MAX_EXACT: Final = 4000  # plans with more buckets than that take several events in one step,
-_STEPS: Final = 2000  # about this often
+_MAX_EXACT: Final = 4000  # plans with more buckets take several events in one step
+_STEPS: Final = 2000  # about so many steps then
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Sender:
 
     def post(self) -> list[float]:
         """Take all buckets that may be taken; return when the last write of each is posted."""
-        posted: list[float] = []  # comparisons, as `max` takes longer than all else in here
+        posted: list[float] = []
         complete_s, left_cast_s, left_write_s = (
             self.complete_s,
             self._left_cast_s,
@@ -94,6 +94,7 @@ class Sender:
         )
         j, done = len(left_cast_s), len(complete_s)
         end = min(len(self._read_s), done + self.window)
+        # Comparisons throughout: `max` would take longer than all else in here.
         while j < end and (staged_after := self._staged_after[j]) < done:
             lag = j - self._lag
             start, cast_free, write_free = self._ready_s[j], 0.0, self._post_s

@@ -101,7 +101,7 @@ class Traffic:
 
 
 def bucket_work(plan: Plan) -> BucketWork:
-    """Add up what the rows of each bucket cost.
+    """Add up what the rows of each bucket of a valid plan cost.
 
     Cost: a few passes over the row columns.
     """
@@ -109,8 +109,8 @@ def bucket_work(plan: Plan) -> BucketWork:
     own, copies = slice(plan.num_direct_rows), slice(plan.num_sent)
     itemsize = plan.sink.buffers.itemsize[rows.dst_buffer[copies]]  # hops read what sinks store
     itemsize[own] = plan.source.buffers.itemsize[rows.src_buffer[own]]
-    itemsize *= volume_of(plan.nests.n)[rows.nest[copies]]
-    read = _sum_ranges(itemsize, chunks.row_lo, chunks.row_hi)
+    nbytes = itemsize * volume_of(plan.nests.n)[rows.nest[copies]]
+    read = _sum_ranges(nbytes, chunks.row_lo, chunks.row_hi)
     pack = np.where(chunks.is_packed, read + chunks.nbytes, 0)
     digest = np.where(chunks.is_packed, 0, chunks.nbytes)
     lo, hi = buckets.chunk_lo, buckets.chunk_hi

@@ -123,7 +123,10 @@ class Wire:
         return until
 
     def _enter(self, now: float) -> None:
-        """Put the buckets on the wire that were posted by now, or behind those of their pair."""
+        """Put buckets on the wire whose turn in their pair has come, and those posted by now.
+
+        What is posted while its pair has a bucket on the wire goes behind that.
+        """
         posts, queues, pair = self._posts, self._queues, self._pair
         while posts and posts[0][0] <= now:
             start, bucket = heapq.heappop(posts)

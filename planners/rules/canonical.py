@@ -17,6 +17,7 @@ __all__ = [
     "canonical_dtypes",
     "canonical_tensors",
     "layer_tensors",
+    "outer_tensors",
 ]
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -90,13 +91,19 @@ def _canonical(
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    hidden = config.hidden_size
-    yield EMBEDDING, (config.vocab_size, hidden)
+    embedding, *head = outer_tensors(config)
+    yield embedding
     for layer in range(config.num_layers):
         yield from layer_tensors(config, layer)
-    yield "model.norm.weight", (hidden,)
+    yield from head
+
+
+def outer_tensors(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Yields name and shape of the tensors that are in no layer: the embedding, then the rest."""
+    yield EMBEDDING, (config.vocab_size, config.hidden_size)
+    yield "model.norm.weight", (config.hidden_size,)
     if not config.tie_word_embeddings:
-        yield LM_HEAD, (config.vocab_size, hidden)
+        yield LM_HEAD, (config.vocab_size, config.hidden_size)
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:

@@ -14,6 +14,7 @@ from weightsync.planners.rules.canonical import (
     canonical_dtypes,
     canonical_tensors,
     layer_tensors,
+    outer_tensors,
 )
 from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
 from weightsync.planners.rules.layout import Block, layer_blocks
@@ -107,8 +108,7 @@ def transformers_blocks(
         "model.norm.weight": is_last,
         LM_HEAD: is_last,
     }
-    shapes = canonical_tensors(config)
-    top = (whole(name, name, shapes[name]) for name in holds if holds[name] and name in shapes)
+    top = (whole(name, name, shape) for name, shape in outer_tensors(config) if holds[name])
     yield Block(tuple(cut(parameter) for parameter in top))
     layers = range(config.num_layers) if layers is None else layers
     yield from layer_blocks(
@@ -148,7 +148,7 @@ def _only_buffers(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str,
 
 
 def _fused(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Parameter]:
-    """Describe the parameters that hold some canonical tensors: experts in one per layer."""
+    """Describe the parameters that hold some canonical tensors; those of experts hold them all."""
     experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
     found: dict[str, Parameter] = {}
     fused: dict[str, list[Part]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from support import scaled
 from support.encode_fleets import Fp8Fleet, Mxfp4Fleet
 from support.scenarios import random_scenario
 from weightsync.errors import ConfigError, LayoutError
-from weightsync.ir import Manifest, locate_rows
+from weightsync.ir import Manifest, cover, locate_rows
 from weightsync.ir.cover import covers_once
 from weightsync.ir.encoded import Encoded
 from weightsync.ir.pieces import PieceTable, intersect_progressions, is_nested, sorted_pieces
@@ -65,13 +66,14 @@ def test_cover_agrees_with_a_mask(
 ) -> None:
     columns = list(zip(*(row for _, row in items), strict=True))
     buffer = np.array([b for b, _ in items])
-    good = covers_once(
-        buffer,
-        np.array(columns[0], np.int64),
-        np.array(columns[1], np.int64),
-        np.array(columns[2], np.int64),
-        np.array([numel, numel], np.int64),
-    )
+    with mock.patch.object(cover, "_BLOCK", 2):
+        good = covers_once(
+            buffer,
+            np.array(columns[0], np.int64),
+            np.array(columns[1], np.int64),
+            np.array(columns[2], np.int64),
+            np.array([numel, numel], np.int64),
+        )
     for b in range(2):
         hits = sorted(a for i, row in items if i == b for a in _addresses(*row))
         assert good[b] == (hits == list(range(numel)))
@@ -144,6 +146,10 @@ def test_rows_are_located_where_their_pieces_say(seed: int) -> None:
         assert [c.tolist() for c in found] == [chosen, lo, step]
     none, _, _ = locate_rows(manifest, *args, pieces.tensor[chosen] + 1000)
     assert (none == -1).all()
+    empty = np.array(n)
+    empty[:, rng.randrange(4)] = rng.randint(-1, 0)
+    none, _, _ = locate_rows(manifest, args[0], args[1], empty, args[3])
+    assert (none == -1).all()
 
 
 @settings(max_examples=scaled(40, 1000))
@@ -191,7 +197,11 @@ def test_distinct_values_are_numbered_in_order(values: list[int]) -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_pieces_of_several_tables_are_sorted_by_all_that_tells_them_apart(seed: int) -> None:
     rng = random.Random(seed)
-    rows = [[rng.randint(0, 1) for _ in range(19)] for _ in range(rng.randint(1, 12))]
+    rows = [[rng.randint(-1, 1), *(rng.randint(0, 1) for _ in range(18))]]
+    for _ in range(rng.randint(0, 11)):  # most differ from another in one number only
+        row = list(rng.choice(rows))
+        row[rng.randrange(19)] ^= 1
+        rows.append(row)
     made = sorted_pieces(*(_pieces(rows[first : first + 3]) for first in range(0, len(rows), 3)))
     names = ("tensor", "buffer", "lo", "offset", "n", "step", "stride")
     columns = [getattr(made, name).reshape(len(rows), -1) for name in names]

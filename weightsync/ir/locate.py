@@ -34,7 +34,7 @@ def locate_rows(
         manifest: The side whose buffers the rows address.
         buffer: Buffer of each row, `(R,)`, valid indices.
         offset: First element of each row, `(R,)`, in elements of the buffer.
-        n: Counts per canonical dim, `(R, 4)`.
+        n: Counts per canonical dim, `(R, 4)`; no piece holds a row with one below 1.
         stride: Strides in elements per canonical dim, `(R, 4)`; ignored where n is 1.
         tensor: Tensor of each row, `(R,)`; needed where tensors share memory (aliases of a
             source), otherwise only a check. None: any tensor, or a constant.
@@ -167,13 +167,13 @@ class Locator:
         many = n > 1
         piece_stride = np.maximum(take_rows(pieces.stride, candidate), 1)
         if all_dims(~many | (stride == piece_stride)).all():  # as nearly always
-            good = (~many | (piece_n > 1)) & (index >= 0) & (n <= piece_n - index)
+            good = (~many | (piece_n > 1)) & (index >= 0) & (n >= 1) & (n <= piece_n - index)
             lo = take_rows(pieces.lo, candidate) + piece_step * index
             return all_dims(good) & (rest == 0), lo, np.where(many, piece_step, 1)
         factor = np.where(many, stride // piece_stride, 1)
         # Division, not a product, tells whether the row ends inside: rows may hold any numbers.
         good = (~many | ((factor >= 1) & (factor * piece_stride == stride) & (piece_n > 1))) & (
-            (index >= 0) & (n - 1 <= (piece_n - 1 - index) // np.maximum(factor, 1))
+            (index >= 0) & (n >= 1) & (n - 1 <= (piece_n - 1 - index) // np.maximum(factor, 1))
         )
         lo = take_rows(pieces.lo, candidate) + piece_step * index
         return all_dims(good) & (rest == 0), lo, np.where(many, piece_step * factor, 1)

@@ -71,7 +71,7 @@ def sorted_pieces(*parts: PieceTable) -> PieceTable:
     """Return all pieces in canonical order: by tensor, buffer, box, then place in memory.
 
     Cost: a sort by one key, and of pieces that share tensor and buffer by all. Columns are joined
-    one by one: tables of millions of pieces are never in memory twice.
+    one by one, so that beside the parts and the result only one is in memory.
     """
     tables = parts or (PieceTable.empty(),)
 

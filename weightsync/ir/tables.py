@@ -26,6 +26,7 @@ __all__ = [
     "distinct",
     "expand",
     "front_pad",
+    "owners",
     "ranges",
     "starts_of",
     "sum_by",
@@ -77,6 +78,8 @@ class Table:
         if isinstance(index, slice):
             return type(self)(**{name: getattr(self, name)[index] for name in self.COLUMNS})
         if index.dtype == np.bool_:
+            if len(index) != len(self):
+                raise IndexError(f"a mask of {len(index)} rows for a table of {len(self)}")
             index = np.flatnonzero(index)
         return type(self)(**{name: take_rows(getattr(self, name), index) for name in self.COLUMNS})
 
@@ -157,7 +160,7 @@ def distinct(values: NDArray[Any], size: int) -> tuple[IntArray, IntArray]:
 
     Args:
         values: From 0 to `size - 1`, `(R,)`.
-        size: Few more than there are values.
+        size: An array of so many elements is made.
 
     Returns:
         `(found, number)`: the different values, ascending, and which of them each is, `(R,)`.
@@ -190,6 +193,11 @@ def ranges(start: IntArray, counts: IntArray) -> IntArray:
     numbers = np.repeat(start - (end - counts), counts)
     numbers += np.arange(len(numbers))
     return numbers
+
+
+def owners(counts: IntArray) -> NDArray[np.int32]:
+    """Return the number of the run that each element is in, of runs with the given lengths."""
+    return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

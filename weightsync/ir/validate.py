@@ -21,7 +21,15 @@ from weightsync.ir.locate import BLOCK_ROWS, Locator
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.pieces import CONSTANT, hull_elements
 from weightsync.ir.plan import Plan, RowKind
-from weightsync.ir.tables import BoolArray, IntArray, all_dims, any_dim, unique_rows, volume_of
+from weightsync.ir.tables import (
+    BoolArray,
+    IntArray,
+    all_dims,
+    any_dim,
+    owners,
+    unique_rows,
+    volume_of,
+)
 
 __all__ = [
     "check_constants",
@@ -189,10 +197,10 @@ def check_tiling(plan: Plan) -> None:
     tiled &= _tiles(buckets.chunk_lo, buckets.chunk_hi, len(chunks))
     if not (ordered and tiled):
         raise PlanError("rows, chunks and buckets do not follow one another without gaps")
-    owner = np.repeat(np.arange(len(chunks), dtype=np.int32), chunks.row_hi - chunks.row_lo)
+    owner = owners(chunks.row_hi - chunks.row_lo)
     _refuse(plan, rows.chunk[:copies] != owner, "belongs to another chunk than it says")
     num_chunks = buckets.chunk_hi - buckets.chunk_lo
-    bucket = np.repeat(np.arange(len(buckets), dtype=np.int32), num_chunks)
+    bucket = owners(num_chunks)
     number = np.arange(len(chunks)) - np.repeat(buckets.chunk_lo, num_chunks)
     if not (np.array_equal(bucket, chunks.bucket) and np.array_equal(number, chunks.number)):
         raise PlanError("a chunk belongs to another bucket or place than it says")

@@ -12,7 +12,7 @@ from weightsync.ir import validate
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.plan import BucketTable, ChunkTable, Plan, RowKind, RowTable, Shares
 from weightsync.ir.repeat import relabelled
-from weightsync.ir.tables import IntArray, Table, ranges, starts_of
+from weightsync.ir.tables import IntArray, Table, owners, ranges, starts_of
 
 __all__ = ["first_replica", "prove"]
 
@@ -127,7 +127,7 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
     constants = np.flatnonzero(plan.sink.buffers.rank[rows.dst_buffer] < len(base.ranks))
     constants = constants[constants >= plan.num_sent]
     fixed = rows.take(constants)
-    sent = dataclasses.replace(base_rows, chunk=_owners(rows_of))
+    sent = dataclasses.replace(base_rows, chunk=owners(rows_of))
     proven = dataclasses.replace(
         plan,
         sink=base,
@@ -140,7 +140,7 @@ def first_replica(plan: Plan, base: Manifest, count: int) -> Plan:
             staging_bytes=buckets.staging_bytes[first],
         ),
         chunks=ChunkTable(
-            bucket=_owners(chunks_of),
+            bucket=owners(chunks_of),
             number=base_chunks.number,
             dst_offset=base_chunks.dst_offset,
             nbytes=base_chunks.nbytes,
@@ -168,11 +168,6 @@ def _equal_parts(order: IntArray, counts: IntArray) -> list[IntArray]:
     if (counts != counts[0]).any():
         raise PlanError(f"the plan has {counts.tolist()} buckets for replicas of one layout")
     return np.split(order, len(counts))
-
-
-def _owners(counts: IntArray) -> NDArray[np.int32]:
-    """Number of the range that each element is in, of ranges with the given lengths."""
-    return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
 
 def _members(lo: IntArray, hi: IntArray, ids: IntArray) -> IntArray:

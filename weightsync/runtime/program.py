@@ -17,6 +17,7 @@ from weightsync.ir.dtypes import ITEMSIZE, Dtype, fill_code
 from weightsync.ir.locate import locate_rows
 from weightsync.ir.manifest import Manifest
 from weightsync.ir.plan import NestTable, Plan
+from weightsync.ir.tables import ranges
 
 __all__ = [
     "BucketProgram",
@@ -133,7 +134,8 @@ def _program(plan: Plan, bucket_ids: Int64, sender: Manifest) -> list[BucketProg
         return []
     slots = _slots(plan)
     after = _after(plan, bucket_ids, slots)
-    chunk = _ranges(buckets.chunk_lo[bucket_ids], buckets.chunk_hi[bucket_ids])
+    chunk_lo = buckets.chunk_lo[bucket_ids]
+    chunk = ranges(chunk_lo, buckets.chunk_hi[bucket_ids] - chunk_lo)
     is_packed = chunks.is_packed[chunk]
     origin = plan.rows.src_buffer[chunks.row_lo[chunk]].astype(np.int64)
     item = ITEMSIZE[sender.buffers.dtype[origin]]
@@ -154,8 +156,8 @@ def _program(plan: Plan, bucket_ids: Int64, sender: Manifest) -> list[BucketProg
         chunks.nbytes[chunk],
         chunks.number[chunk],
     )
-    row = _ranges(chunks.row_lo[chunk], chunks.row_hi[chunk])
     num_rows = chunks.row_hi[chunk] - chunks.row_lo[chunk]
+    row = ranges(chunks.row_lo[chunk], num_rows)
     chunk_of = np.repeat(np.arange(len(chunk)), num_rows)
     first_row = np.concatenate([[0], np.cumsum(num_rows)])[first_chunk]
     nest = plan.nest_of(row)
@@ -207,7 +209,7 @@ def inbound_buckets(plan: Plan, sink: int) -> list[InboundBucket]:
     bucket_ids = plan.inbound(sink)
     row_lo = chunks.row_lo[buckets.chunk_lo[bucket_ids]]
     row_hi = chunks.row_hi[buckets.chunk_hi[bucket_ids] - 1]
-    row = _ranges(row_lo, row_hi)
+    row = ranges(row_lo, row_hi - row_lo)
     buffer = rows.dst_buffer[row].astype(np.int64)
     item = ITEMSIZE[plan.sink.buffers.dtype[buffer]]
     # The sink's own layout says which elements these bytes are.
@@ -297,15 +299,6 @@ def _keys(
         )
     seeds = np.array([tensor_seed(name) for name in manifest.tensors.names], np.int64)
     return _table(seeds[manifest.pieces.tensor[piece]], lo, step)
-
-
-def _ranges(lo: Int64, hi: Int64) -> Int64:
-    """The numbers of all half-open ranges, one after the other."""
-    size = hi - lo
-    ends = np.cumsum(size)
-    total = int(ends[-1]) if len(ends) else 0
-    found: Int64 = np.arange(total) + np.repeat(lo - (ends - size), size)
-    return found
 
 
 def _table(*columns: npt.NDArray[np.generic]) -> Int64:
