@@ -94,11 +94,12 @@ def lower(copies: Copies, memory: Memory, options: PlanOptions) -> Lowered:
     every, is_direct = _direct_cuts(kinds, options)
     is_direct &= ~is_simple
     simple, direct = is_simple[kinds.of], is_direct[kinds.of]
+    packed = ~(simple | direct)
     by_run = Cuts(kinds.of[direct], kinds.nest, every, np.zeros_like(every))
     parts = [
         copies.take(simple),
         split(copies.take(direct), by_run, options.max_rows, memory.names),
-        _pack(copies.take(~(simple | direct)), memory, options),
+        _pack(copies.take(packed), kinds.take(packed), memory, options),
     ]
     return _join(parts, memory, options)
 
@@ -204,6 +205,10 @@ class _Kinds:
             order=np.argsort(np.where(mine.n > 1, mine.dst_stride, 0), axis=1, kind="stable"),
         )
 
+    def take(self, mask: BoolArray) -> _Kinds:
+        """Return the kinds of some of the copies, with those that none of them is of."""
+        return dataclasses.replace(self, of=self.of[mask])
+
 
 def _canonical(values: IntArray, order: IntArray) -> IntArray:
     """Bring values back from the given order of dims to that of the tensors, `(K, 4)`."""
@@ -243,12 +248,13 @@ def _whole_cells(every: IntArray, n: IntArray, cell: IntArray) -> IntArray:
     return np.where((every < n) & (every >= cell), every // cell * cell, every)
 
 
-def _pack(copies: Copies, memory: Memory, options: PlanOptions) -> Copies:
+def _pack(copies: Copies, kinds: _Kinds, memory: Memory, options: PlanOptions) -> Copies:
     """Split copies so that packed chunks can be made of them.
 
     Afterwards every set of rows with overlapping hulls fills its hull and fits a chunk.
     """
-    copies = split(copies, _aligned_cuts(copies, memory, options), options.max_rows, memory.names)
+    cuts = _aligned_cuts(copies, kinds, memory, options)
+    copies = split(copies, cuts, options.max_rows, memory.names)
     place = memory.line(copies.rows)
     line = np.argsort(place, kind="stable")
     copies, place = copies.take(line), place[line]
@@ -274,14 +280,13 @@ def _pack(copies: Copies, memory: Memory, options: PlanOptions) -> Copies:
     return Copies.concat([copies.take(~sparse), pieces])
 
 
-def _aligned_cuts(copies: Copies, memory: Memory, options: PlanOptions) -> Cuts:
+def _aligned_cuts(copies: Copies, kinds: _Kinds, memory: Memory, options: PlanOptions) -> Cuts:
     """Cut copies so that each part's hull fits a packed chunk.
 
     Copies that interleave with the same period (gate and up rows) are cut at the same places, or
     parts of one would straddle parts of the other: cuts lie at multiples of a common block,
     counted from the first of all copies of that period.
     """
-    kinds = _Kinds.of_copies(copies, memory)
     n, stride = take_dims(kinds.n, kinds.order), take_dims(kinds.dst_stride, kinds.order)
     inside, _ = runs(n, stride)
     limit = options.packed_bytes // kinds.itemsize

@@ -18,9 +18,7 @@ from weightsync.planners.rules.canonical import (
 )
 from weightsync.planners.rules.config import ConfigLike, ModelConfig, model_config
 from weightsync.planners.rules.layout import Block, layer_blocks
-from weightsync.planners.rules.parts import Parameter, Part, rows, whole
-
-Shape = tuple[int, ...]
+from weightsync.planners.rules.parts import Parameter, Part, Shape, rows, whole
 
 __all__ = [
     "transformers_aliases",

@@ -20,7 +20,15 @@ from weightsync.ir import Manifest, cover, locate_rows
 from weightsync.ir.cover import covers_once
 from weightsync.ir.encoded import Encoded
 from weightsync.ir.pieces import PieceTable, intersect_progressions, is_nested, sorted_pieces
-from weightsync.ir.tables import distinct, expand, front_pad, ranges, unique_rows, unique_runs
+from weightsync.ir.tables import (
+    distinct,
+    expand,
+    front_pad,
+    owners,
+    ranges,
+    unique_rows,
+    unique_runs,
+)
 
 progressions = st.tuples(st.integers(0, 40), st.integers(1, 12), st.integers(1, 9))
 rows = st.tuples(
@@ -181,6 +189,7 @@ def test_unique_runs_finds_equal_lists(lists: list[list[int]]) -> None:
     assert [(o, i) for o, values in enumerate(lists) for i in range(len(values))] == list(
         zip(owner.tolist(), local.tolist(), strict=True)
     )
+    assert owners(counts).tolist() == owner.tolist()
     start = np.arange(len(lists)) * 10
     assert ranges(start, counts).tolist() == [10 * o + i for o, i in zip(owner, local, strict=True)]
 
@@ -206,6 +215,14 @@ def test_pieces_of_several_tables_are_sorted_by_all_that_tells_them_apart(seed: 
     names = ("tensor", "buffer", "lo", "offset", "n", "step", "stride")
     columns = [getattr(made, name).reshape(len(rows), -1) for name in names]
     assert np.concatenate(columns, axis=1).tolist() == sorted(rows)
+
+
+@pytest.mark.parametrize("length", [0, 2, 4])
+def test_a_mask_of_another_length_selects_nothing(length: int) -> None:
+    pieces = _pieces([[0] * 19] * 3)
+    with pytest.raises(IndexError, match=f"mask of {length} rows for a table of 3"):
+        pieces.take(np.zeros(length, np.bool_))
+    assert len(pieces.take(np.array([True, False, True]))) == 2
 
 
 def _pieces(rows: list[list[int]]) -> PieceTable:
